@@ -34,7 +34,7 @@ retrieval/arrow_files: storage
 retrieval/clip: config errors recipe storage
 retrieval/cluster: config database errors index storage
 retrieval/config:
-retrieval/database: clip errors extras file_cache index recipe storage
+retrieval/database: clip errors extras file_cache index kernel recipe storage
 retrieval/errors:
 retrieval/extras: errors
 retrieval/imports: arrow_files clip config database errors index recipe storage

@@ -8,9 +8,12 @@ import numpy.typing as npt
 
 from retrieval.errors import UserError
 from retrieval.index.routing import Vectors, unit
+from retrieval.kernel.half_floats import as_floats, as_halves
 
 SAFE_LENGTHS = (1e-15, 1e15)
 """The square of a length in this range fits in float32."""
+ROWS_AT_ONCE = 256
+"""Rows whose numbers stay in the caches while they are converted: 0.8 MB of 768 dimensions."""
 REGISTERED_DTYPE = 2
 """`isbuiltin` of a dtype that a library registered, such as bfloat16 of ml_dtypes; NumPy's own have 0 or 1."""
 
@@ -37,11 +40,45 @@ def as_array(vectors: Any, location: str) -> npt.NDArray[np.generic]:
 
 def unit_rows(array: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.bool_], Vectors]:
     """Which rows of (n, dim) numbers are finite and not zero, (n,), and these rows at length 1, float32."""
+    usable, units, _ = units_and_lengths(array)
+    return usable, units
+
+
+def half_unit_rows(array: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float16], Vectors]:
+    """As `units_and_lengths`, with the unit rows as float16."""
+    usable, lengths = np.empty(len(array), bool), np.empty(len(array), np.float32)
+    halves = [np.empty((0, array.shape[1]), np.float16)]
+    for start in range(0, len(array), ROWS_AT_ONCE):
+        block = slice(start, start + ROWS_AT_ONCE)
+        usable[block], units, lengths[block] = units_and_lengths(array[block])
+        halves.append(as_halves(units))
+    return usable, np.concatenate(halves), lengths
+
+
+def units_and_lengths(array: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.bool_], Vectors, Vectors]:
+    """Which rows of (n, dim) numbers are finite and not zero, (n,), these rows at length 1, and the lengths of all
+    rows, (n,), float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        units = as_floats(array)
+        lengths = np.sqrt(np.einsum("ij,ij->i", units, units))
+    usable = (lengths > SAFE_LENGTHS[0]) & (lengths < SAFE_LENGTHS[1])
+    units /= np.where(usable, lengths, 1)[:, None]
+    if not usable.all():
+        others = np.flatnonzero(~usable)
+        usable[others], rows, lengths[others] = _unsafe_rows(array[others])
+        units[others[usable[others]]] = rows
+        units = units[usable]
+    return usable, units, lengths
+
+
+def _unsafe_rows(array: npt.NDArray[np.generic]) -> tuple[npt.NDArray[np.bool_], Vectors, Vectors]:
+    """As `units_and_lengths`, for rows with squares outside of the float32 range."""
     rows = np.asarray(array, np.promote_types(array.dtype, np.float32))
     largest = np.abs(rows).max(axis=1, keepdims=True, initial=0)
     usable = (np.isfinite(largest) & (largest > 0))[:, 0]
-    # Scaled by the largest entry first: the squares of very large or small entries exceed the float32 range.
-    return usable, unit((rows[usable] / largest[usable]).astype(np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths = np.linalg.norm(rows.astype(np.float64), axis=1).astype(np.float32)
+    return usable, unit((rows[usable] / largest[usable]).astype(np.float32)), lengths
 
 
 def unit_queries(queries: Any, dim: int, location: str) -> Vectors:

@@ -1,8 +1,9 @@
 """Builds a database from vectors of another tool and their metadata, which may be larger than memory.
 
 Reads the source three times: for ids and columns, for a sample that trains the centroids of the partitions, and for a
-shuffle. As in the stage `index`, this writes groups of rows, each sorted by partition, to files in the folder of the
-database, which are deleted at the end. Then one partition at a time is read and built.
+shuffle. Rows that fit in one partition are read once. As in the stage `index`, the shuffle writes groups of rows, each
+sorted by partition, to files in the folder of the database, which are deleted at the end. Then one partition at a time
+is read and built.
 """
 
 import hashlib
@@ -77,9 +78,9 @@ def build_database(
     parent.cache = root.cache
     require_free(parent.child(name))
     require_outside(parent.child(name), source)
-    rows = scan_rows(source, encoder.dim)
-    require_rows(len(rows.ids), name)
     config = config or IndexConfig.model_validate({})
+    rows = scan_rows(source, encoder.dim, most_kept=config.rows_per_partition)
+    require_rows(len(rows.ids), name)
     sample, digest = _sample_and_digest(rows, config.seed)
     values: dict[str, object] = {"changed_values": rows.changed} if rows.changed else {}
     identity = DatabaseIdentity(name, {"source": digest}, rows.reasons, values)
@@ -128,8 +129,12 @@ def _sample_and_digest(rows: SourceRows, seed: int) -> tuple[npt.NDArray[np.floa
 def shuffled(folder: Root, tables: Iterable[pa.Table], centroids: Vectors) -> Generator[pa.Table, None, None]:
     """The rows of each partition, in the order of the tables. All tables are read before the first partition.
 
-    tables: of one schema. Temporary files in `folder` have the rows until the iterator ends or is closed.
+    tables: of one schema. Temporary files in `folder` have the rows of several partitions until the iterator ends or is
+    closed.
     """
+    if len(centroids) == 1:
+        yield pa.concat_tables(tables)
+        return
     files: list[str] = []
     try:
         for group in joined(tables, ROWS_PER_GROUP):

@@ -51,7 +51,7 @@ def read_metadata(
         values[name] = pixels(read[name])
         unknown = pc.fill_null(pc.not_equal(numbers(read[name]), 0), True).to_numpy(zero_copy_only=False)
         changed[name] = int(((values[name] == 0) & unknown & read[name].is_valid().to_numpy()).sum())
-    values[schema.IMAGE_ID] = _ids(read[schema.IMAGE_ID], values["url"].to_pylist(), first, location)
+    values[schema.IMAGE_ID] = _ids(read[schema.IMAGE_ID], values["url"], first, location)
     table = pa.table([values[name] for name in schema.METADATA.names], schema=schema.METADATA)
     if rows is not None:
         for name in further_columns(rows.schema, columns, location):
@@ -76,7 +76,7 @@ def _column(rows: pa.Table | None, count: int, columns: SourceColumns, field: st
     return column
 
 
-def _ids(column: pa.ChunkedArray, urls: list[str], first: int, location: str) -> npt.NDArray[np.int64]:
+def _ids(column: pa.ChunkedArray, urls: pa.StringArray, first: int, location: str) -> npt.NDArray[np.int64]:
     """Ids (n,). Integers as they are; texts as their hash; for nulls the hash of the URL, else the row number.
 
     A uint64 id beyond int64 keeps its 64 bits: it becomes id - 2**64.
@@ -87,7 +87,9 @@ def _ids(column: pa.ChunkedArray, urls: list[str], first: int, location: str) ->
         column = _whole_decimals(column, location)
     elif is_text(column.type):
         column = texts(column, errors="backslashreplace")
-    rows = enumerate(zip(column.to_pylist(), urls, strict=True), first)
+    if pa.types.is_integer(column.type) and not column.null_count:
+        return np.asarray(column.to_numpy().astype(np.int64))
+    rows = enumerate(zip(column.to_pylist(), urls.to_pylist(), strict=True), first)
     return np.array([_id(value, url, number) & BITS for number, (value, url) in rows], np.uint64).view(np.int64)
 
 

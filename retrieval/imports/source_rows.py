@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval.database.unit_rows import as_array, unit_rows
+from retrieval.database.unit_rows import as_array, half_unit_rows
 from retrieval.errors import UserError
 from retrieval.imports.metadata import read_metadata
 from retrieval.imports.readers import SourceBlock, read_source_blocks
@@ -52,23 +52,21 @@ def converted(block: SourceBlock, columns: SourceColumns, dim: int, first: int) 
     length = block.vectors.shape[1]
     if length not in (dim, 0):
         raise UserError(f"{block.location} has vectors of length {length}; the encoder makes {dim}")
-    usable, rows = unit_rows(block.vectors)
+    usable, rows, lengths = half_unit_rows(block.vectors)
     metadata = read_metadata(block.metadata, len(usable), first, columns, block.location)
     place = metadata.table.column_names.index(schema.NORM)
-    table = metadata.table.set_column(place, schema.METADATA.field(schema.NORM), _norms(block.vectors))
+    table = metadata.table.set_column(place, schema.METADATA.field(schema.NORM), _norms(lengths))
     table = table.filter(pa.array(usable))
-    vectors = schema.fixed_lists(rows.reshape(-1, dim).astype(np.float16))
+    vectors = schema.fixed_lists(rows.reshape(-1, dim))
     place = len(schema.METADATA)
     table = table.add_column(place, schema.embeddings(dim).field(schema.EMBEDDING), vectors)
     bad = int((~usable).sum())
     return RowBlock(table, {Reason.BAD_VECTOR: bad} if bad else {}, metadata.changed)
 
 
-def _norms(vectors: npt.NDArray[np.generic]) -> pa.Array:
-    """Lengths (n,) of vectors (n, dim), float32. A length of 1 is null: the other tool has normalized the vector."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        norms = np.linalg.norm(vectors.astype(np.float64), axis=1).astype(np.float32)
-    return pa.array(norms, mask=~np.isfinite(norms) | (np.abs(norms - 1) < UNIT_TOLERANCE))
+def _norms(lengths: npt.NDArray[np.float32]) -> pa.Array:
+    """Lengths (n,) of vectors. A length of 1 is null: the other tool has normalized the vector."""
+    return pa.array(lengths, mask=~np.isfinite(lengths) | (np.abs(lengths - 1) < UNIT_TOLERANCE))
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,8 @@ class SourceRows:
     """Number of rows left out, by reason."""
     changed: dict[str, int]
     """Number of values of the metadata that were unusable or cleaned, by column."""
+    kept: list[RowBlock] | None = None
+    """All blocks of the source; None if they are read again in each pass."""
 
     @property
     def dim(self) -> int:
@@ -98,7 +98,7 @@ class SourceRows:
         Raises UserError if the source has other rows than in the scan: more, fewer or with other ids.
         """
         start, num_taken = 0, 0
-        for block in read_database_blocks(self.source, self.dim):
+        for block in self.kept or read_database_blocks(self.source, self.dim):
             taken = self.is_taken[start : start + len(block.table)]
             if len(taken) < len(block.table):
                 raise self._changed("more rows")
@@ -118,8 +118,9 @@ class SourceRows:
         )
 
 
-def scan_rows(source: VectorSource, dim: int) -> SourceRows:
-    """Read a source once to know its rows. Takes about 40 bytes of memory a row.
+def scan_rows(source: VectorSource, dim: int, most_kept: int = 0) -> SourceRows:
+    """Read a source once to know its rows. Takes about 40 bytes of memory a row, and keeps the rows of a source that
+    has at most `most_kept`.
 
     Raises UserError for an unreadable source and for columns of one name and different kinds of values.
     """
@@ -128,7 +129,10 @@ def scan_rows(source: VectorSource, dim: int) -> SourceRows:
     reasons: Counter[str] = Counter()
     changed: Counter[str] = Counter()
     schemas, ids = [schema.embeddings(dim)], [np.empty(0, np.int64)]
+    kept: list[RowBlock] | None = []
     for block in read_database_blocks(source, dim):
+        if kept is not None:
+            kept = [*kept, block] if sum(map(len, ids)) + len(block.table) <= most_kept else None
         ids.append(block.table[schema.IMAGE_ID].to_numpy())
         if block.table.schema != schemas[-1]:
             schemas.append(block.table.schema)
@@ -139,7 +143,8 @@ def scan_rows(source: VectorSource, dim: int) -> SourceRows:
     is_taken[np.unique(all_ids, return_index=True)[1]] = True
     if not is_taken.all():
         reasons[Reason.DUPLICATE_ID] = int((~is_taken).sum())
-    return SourceRows(source, joint_columns(schemas), all_ids[is_taken], is_taken, dict(reasons), dict(changed))
+    counts = dict(reasons), dict(changed)
+    return SourceRows(source, joint_columns(schemas), all_ids[is_taken], is_taken, *counts, kept)
 
 
 def with_columns(table: pa.Table, columns: pa.Schema) -> pa.Table:

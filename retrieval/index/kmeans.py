@@ -14,6 +14,7 @@ import numpy as np
 from retrieval.index.near_centroids import NearCentroids
 from retrieval.index.routing import AnyVectors, Numbers, Vectors, unit
 from retrieval.kernel.centroid_ranking import CentroidRanking
+from retrieval.kernel.half_floats import as_floats
 
 ITERATIONS = 10
 MAX_SHARE = 2.0
@@ -47,7 +48,7 @@ class FaissSample:
         self._rows = rows
 
     def take(self, numbers: Numbers) -> Vectors:
-        return self._rows[numbers].astype(np.float32)
+        return as_floats(self._rows[numbers])
 
     def cluster_sums(self, centroids: Vectors) -> tuple[Vectors, Numbers]:
         clusters = _nearest_with_faiss(self._rows, centroids, 1)[1][:, 0]
@@ -64,7 +65,7 @@ class FaissSample:
         for start in range(0, len(order), BLOCK_ROWS):
             block = order[start : start + BLOCK_ROWS]
             present, first = np.unique(clusters[block], return_index=True)
-            sums[present] += sign * np.add.reduceat(self._rows[block].astype(np.float32), first, axis=0)
+            sums[present] += sign * np.add.reduceat(as_floats(self._rows[block]), first, axis=0)
 
 
 class NearSample(FaissSample):

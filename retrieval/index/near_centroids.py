@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from retrieval.index.routing import AnyVectors, Numbers, Vectors
 from retrieval.kernel.centroid_ranking import CentroidRanking
+from retrieval.kernel.half_floats import as_floats
 
 NEIGHBORS = 32
 """Centroids that `nearer` compares a row with: the nearest ones of its present centroid, itself included."""
@@ -52,7 +53,7 @@ class NearCentroids:
         """Inner products and numbers of the nearest centroids of each row (n, dim), (n, count), nearest first."""
         similarities, numbers = np.empty((len(rows), count), np.float32), np.empty((len(rows), count), np.int64)
         for start in range(0, len(rows), BLOCK_ROWS):
-            block = rows[start : start + BLOCK_ROWS].astype(np.float32)
+            block = as_floats(rows[start : start + BLOCK_ROWS])
             best = self._ranking.rank(block, self._multiply(block), count, max(CANDIDATES, count))
             similarities[start : start + BLOCK_ROWS], numbers[start : start + BLOCK_ROWS] = best
         return similarities, numbers
@@ -67,7 +68,7 @@ class NearCentroids:
             for centroid in range(first, min(first + CENTROIDS_AT_ONCE, len(ends))):
                 chosen, neighbors = order[starts[centroid] : ends[centroid]], neighbors_of[centroid]
                 if len(chosen):
-                    products = rows[chosen].astype(np.float32) @ self._centroids[neighbors].T
+                    products = as_floats(rows[chosen]) @ self._centroids[neighbors].T
                     numbers[chosen] = neighbors[products.argmax(axis=1)]
 
         # The products are small: threads within one would cost more than they save.

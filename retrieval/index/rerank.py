@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.top_k import TopK, empty_top_k, merge_top_k, top_k
+from retrieval.kernel.half_floats import as_floats
 from retrieval.storage.temp_folders import temporary_folder
 
 MIN_BLOCK_NUMBERS = 64_000
@@ -177,7 +178,10 @@ def _compare_block(rows: StoredRows, buffer: Vectors, queries: Vectors, k: int) 
     buffer: (n, dim), overwritten.
     """
     rerank = RerankIndex(rows)
-    rerank.index.sa_decode(rerank.codes, buffer)
+    if isinstance(rows, CodedRows):
+        rerank.index.sa_decode(rerank.codes, buffer)
+    else:
+        as_floats(rows, buffer)
     products = faiss.IndexFlatIP(rows.shape[1])
     _set_rows(products, buffer)
     similarities, columns = faiss.IndexRefine(products, rerank.index).search(queries, k)

@@ -9,6 +9,7 @@ float32.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -51,6 +52,17 @@ def allow_bfloat16() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def threads_of_faiss() -> Iterator[None]:
+    """Lets torch compute on as many threads of the CPU as faiss. More than a build may use would wait in loops."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(faiss.omp_get_max_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class TorchSample:
     """A `retrieval.index.kmeans.Sample` in bfloat16 on the device."""
 
@@ -60,6 +72,7 @@ class TorchSample:
     def take(self, numbers: Numbers) -> Vectors:
         return _array(self._tensor[torch.from_numpy(numbers).to(self._tensor.device)].float())
 
+    @threads_of_faiss()
     def cluster_sums(self, centroids: Vectors) -> tuple[Vectors, Numbers]:
         device = self._tensor.device
         sums = torch.zeros(centroids.shape, device=device)
@@ -84,6 +97,7 @@ def multiplier(centroids: Vectors, directions: Vectors) -> Callable[[Vectors], n
     targets = (torch.from_numpy(centroids) @ projection).bfloat16().T
     buffer = torch.empty(0, len(centroids), dtype=torch.bfloat16)  # pages of new memory take half of the time
 
+    @threads_of_faiss()
     def multiply_rows(rows: Vectors) -> npt.NDArray[np.uint16]:
         nonlocal buffer
         if len(buffer) < len(rows):
@@ -110,6 +124,7 @@ def add_rows_as_product(sums: torch.Tensor, numbers: torch.Tensor, rows: torch.T
     sums.addmm_(torch.nn.functional.one_hot(numbers, len(sums)).T.to(rows.dtype), rows)
 
 
+@threads_of_faiss()
 def nearest_with_torch(vectors: AnyVectors, centroids: Vectors, nearest: int) -> tuple[Vectors, Numbers]:
     """`retrieval.index.kmeans.most_similar_centroids` by torch."""
     values, numbers = np.empty((len(vectors), nearest), np.float32), np.empty((len(vectors), nearest), np.int64)

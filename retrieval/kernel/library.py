@@ -46,6 +46,8 @@ def library() -> ctypes.CDLL | None:
     loaded.search_few.argtypes = (pointer, number, number, pointer, pointer, pointer, number)
     loaded.rank_centroids.argtypes = (pointer, number, number, number, *4 * (pointer,), number)
     loaded.encode.argtypes = (pointer, number, pointer, pointer, pointer, number)
+    for convert in (loaded.to_floats, loaded.to_halves):
+        convert.argtypes, convert.restype = (pointer, number, pointer), None
     loaded.count_visible.argtypes, loaded.count_visible.restype = (pointer, pointer, pointer, pointer), None
     loaded.copy_visible.argtypes, loaded.copy_visible.restype = (pointer, pointer, pointer), None
     return loaded

@@ -1,5 +1,6 @@
 // Searches the inverted lists of faiss.IndexIVFPQFastScan for single queries, and ranks the candidates by float16 rows.
-// For builds it ranks the centroids nearest to rows (centroid_ranking.h) and computes codes (row_codes.h).
+// For builds it ranks the centroids nearest to rows (centroid_ranking.h), computes codes (row_codes.h) and
+// converts numbers (half_floats.h).
 //
 // Reads packed 4-bit codes and rows in mapped files, and copies of the ids and of the graph over centroids. It works
 // as faiss does, but walks by 8-bit centroids, leaves out lists and candidates that probably are no neighbors, and
@@ -13,6 +14,7 @@
 #include "few_rows.h"
 #include "filtered_lists.h"
 #include "graph_walk.h"
+#include "half_floats.h"
 #include "inner_products.h"
 #include "lists.h"
 #include "ranking.h"
@@ -290,5 +292,9 @@ int rank_centroids(const Centroids* centroids, int64_t count, int64_t is_rounded
         }
     });
 }
+
+// Converts numbers (count,), each way.
+void to_floats(const uint16_t* values, int64_t count, float* results) { convert(values, count, results); }
+void to_halves(const float* values, int64_t count, uint16_t* results) { convert(values, count, results); }
 
 } // extern "C"

@@ -124,6 +124,20 @@ def test_a_source_that_changes_during_the_build_is_an_error(tmp_path: Path, ids:
         list(rows.tables())
 
 
+@pytest.mark.parametrize(("most_kept", "is_kept"), [(40, True), (39, False)])
+def test_a_source_is_read_once_if_its_rows_are_kept(tmp_path: Path, most_kept: int, is_kept: bool) -> None:
+    path = tmp_path / "vectors.parquet"
+    pq.write_table(pa.table({"image_id": [*range(40)], "vector": list(clustered(40, seed=1))}), path)
+    rows = scan_rows(VectorSource(path), DIM, most_kept)
+    first = pa.concat_tables(rows.tables())
+    path.unlink()
+    if is_kept:
+        assert pa.concat_tables(rows.tables()).equals(first)
+    else:
+        with pytest.raises(UserError, match=r"vectors\.parquet"):
+            list(rows.tables())
+
+
 @contextmanager
 def peak_memory(peaks: list[int]) -> Iterator[None]:
     """Append the most bytes that NumPy and Arrow hold during the block to `peaks`."""

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
 
-from retrieval.index import kmeans
+from retrieval.index import kmeans, torch_products
 from retrieval.index.kmeans import MAX_SHARE, nearest_centroids, train_centroids
 from retrieval.index.routing import Vectors, route, unit
 from retrieval.index.torch_products import add_rows, add_rows_as_product, allow_bfloat16, has_bfloat16
@@ -123,3 +124,22 @@ def test_bfloat16_products_are_allowed_only_in_the_block() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
         raise ValueError("within")
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_run_on_as_many_threads_as_faiss_may_use(
+    monkeypatch: pytest.MonkeyPatch, vectors: Vectors, threads: int
+) -> None:
+    used = []
+
+    def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        used.append(torch.get_num_threads())
+        return left @ right
+
+    monkeypatch.setattr(torch_products, "multiply", multiply)
+    before, of_torch = faiss.omp_get_max_threads(), torch.get_num_threads()
+    faiss.omp_set_num_threads(threads)
+    torch_products.TorchSample(vectors).cluster_sums(vectors[:8])
+    faiss.omp_set_num_threads(before)
+    assert set(used) == {threads}
+    assert torch.get_num_threads() == of_torch
