@@ -30,8 +30,8 @@ from retrieval.database.stored_manifest import SCHEMA_VERSION
 from retrieval.errors import UserError
 from retrieval.index.inverted_lists import InvertedLists, held_out, train_inverted_lists
 from retrieval.index.kmeans import nearest_centroids, train_centroids
-from retrieval.index.rerank import CodedRows, StoredRows, chosen_rows, stored_rows
-from retrieval.index.routing import AnyVectors, Vectors, partition_folder
+from retrieval.index.rerank import CodedRows, JoinedRows, WrittenRows, stored_rows
+from retrieval.index.routing import AnyVectors, Numbers, Vectors, partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import take_rows
@@ -39,6 +39,8 @@ from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, read_
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.temp_folders import temporary_folder
 
+WRITTEN_ROWS = 8192
+"""Rows that are put in order at once to be written."""
 CENTROID_SAMPLE_ROWS = 1_000_000
 """Most rows that the partition centroids are trained on."""
 OWN_FILE = re.compile(
@@ -71,18 +73,18 @@ def write_partition(root: Root, stage: str, number: int, table: pa.Table, config
     if len(rows) and config.index_key not in ("", "Flat"):
         files.append(_write_index(root, f"{folder}/index.faiss", rows.astype(np.float32), config))
     metadata = take_rows(table.drop_columns([schema.EMBEDDING]), order)
-    files += _write_rows(root, folder, stored_rows(rows, config.store), metadata)
+    files += _write_rows(root, folder, stored_rows(rows, config.store), metadata, np.arange(len(rows)))
     return ShardRecord(partition_folder(number), len(rows), tuple(files))
 
 
 def write_listed_partition(
-    root: Root, stage: str, number: int, lists: InvertedLists, rows: tuple[StoredRows, pa.Table]
+    root: Root, stage: str, number: int, lists: InvertedLists, rows: tuple[WrittenRows, pa.Table]
 ) -> ShardRecord:
     """Write a partition with inverted lists. rows: vectors and metadata, in the order that `lists` counts."""
     vectors, metadata = rows
     folder = f"{stage}/{partition_folder(number)}"
     files = _write_lists(root, folder, lists)
-    files += _write_rows(root, folder, chosen_rows(vectors, lists.order), take_rows(metadata, lists.order))
+    files += _write_rows(root, folder, vectors, take_rows(metadata, lists.order), lists.order)
     return ShardRecord(partition_folder(number), len(vectors), tuple(files))
 
 
@@ -231,12 +233,22 @@ def _write_vectors(root: Root, name: str, rows: npt.NDArray[Any]) -> FileRecord:
     return pending.record
 
 
-def _write_rows(root: Root, folder: str, vectors: StoredRows, metadata: pa.Table) -> list[FileRecord]:
+def _write_ordered(root: Root, name: str, rows: npt.NDArray[Any] | JoinedRows, order: Numbers) -> FileRecord:
+    """Write rows (n, dim) as a .npy file, in the order of these row numbers (n,). Few are in memory at once."""
+    header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": rows.shape}
+    with root.writing(name) as pending, pending.path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(order), WRITTEN_ROWS):
+            rows[order[start : start + WRITTEN_ROWS]].tofile(file)
+    return pending.record
+
+
+def _write_rows(root: Root, folder: str, vectors: WrittenRows, metadata: pa.Table, order: Numbers) -> list[FileRecord]:
+    """Write vectors in this order of their numbers, and metadata, which has this order."""
+    rows = vectors.codes if isinstance(vectors, CodedRows) else vectors
+    files = [_write_ordered(root, f"{folder}/embeddings.npy", rows, order)]
     if isinstance(vectors, CodedRows):
-        files = [_write_vectors(root, f"{folder}/embeddings.npy", vectors.codes)]
         files.append(_write_vectors(root, f"{folder}/bounds.npy", vectors.bounds))
-    else:
-        files = [_write_vectors(root, f"{folder}/embeddings.npy", vectors)]
     return [*files, write_metadata(root, f"{folder}/metadata.arrow", metadata)]
 
 

@@ -5,6 +5,7 @@ Lists are many and short, and found through a graph over their centroids. Codes 
 rows in a second list. autofaiss cannot build this one, because its factory refuses fast scan with inner products.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,12 @@ SAMPLE_CODES = 65_536
 NEIGHBORS_IN_GRAPH = 32
 NEAR_LISTS = 16
 """The second list of a row is one of so many nearest lists."""
+PAIR_COST = 32
+"""A product of two centroids takes as long as so many in a product of matrices."""
 LISTS_AT_ONCE = 1024
-"""Lists whose centroids are compared with all others at once: 34 MB for a million rows."""
+"""Lists whose centroids are compared with all others at once, 34 MB for a million rows, or rows: 47 MB."""
+BLOCK_CODES = 32
+"""Rows whose codes are packed together."""
 DIMENSIONS_PER_CODE = 2
 """Of vectors with an odd number of dimensions each dimension has a code."""
 BLOCK_ROWS = 1 << 16
@@ -100,24 +105,44 @@ def update_inverted_lists(
     stored[order] = np.arange(len(order))
     new_numbers = np.full(offsets[-1], -1)
     new_numbers[kept], of_added = stored[: len(kept)], stored[len(kept) :]
-    updated = faiss.IndexIVFPQ(index.quantizer, *centroids.shape[::-1], index.pq.M, 4, faiss.METRIC_INNER_PRODUCT)
-    updated.by_residual, updated.pq, updated.is_trained = True, index.pq, True
-    _copy_entries(index, updated, new_numbers)
-    _add(updated, added, np.arange(len(added)), nearest, of_added)
-    _add(updated, added, np.arange(len(added)), second, of_added)
-    return InvertedLists(_packed(updated, len(order)), order, _offsets(lists_of_rows, len(centroids)), centroids)
+    new = faiss.IndexIVFPQ(index.quantizer, *centroids.shape[::-1], index.pq.M, 4, faiss.METRIC_INNER_PRODUCT)
+    new.by_residual, new.pq, new.is_trained = True, index.pq, True
+    _add(new, added, np.arange(len(added)), nearest, of_added)
+    _add(new, added, np.arange(len(added)), second, of_added)
+    updated = _joined(index, new, new_numbers)
+    updated.ntotal = len(order)
+    return InvertedLists(updated, order, _offsets(lists_of_rows, len(centroids)), centroids)
 
 
-def _copy_entries(packed: Any, index: Any, new_numbers: Numbers) -> None:
-    """Copy the codes of a faiss.IndexIVFPQFastScan to an empty faiss.IndexIVFPQ, without rows of the new number -1."""
-    lists = packed.invlists
-    for number in range(packed.nlist):
-        if size := lists.list_size(number):
-            ids = new_numbers[faiss.rev_swig_ptr(lists.get_ids(number), size)]
-            blocks = faiss.rev_swig_ptr(lists.get_codes(number), -(-size // 32) * 16 * packed.M2)
-            remaining = unpacked_codes(blocks.reshape(-1, packed.M2, 16))[:size][ids >= 0]
-            ids = ids[ids >= 0]
-            index.invlists.add_entries(number, len(ids), *map(faiss.swig_ptr, (ids, remaining)))
+def _joined(packed: Any, new: Any, new_numbers: Numbers) -> Any:
+    """The rows of a faiss.IndexIVFPQFastScan without those of the new number -1, and the rows of a faiss.IndexIVFPQ.
+
+    Packed blocks of 32 rows are copied as they are up to the first one that changes.
+    """
+    joined = faiss.IndexIVFPQFastScan(new.quantizer, new.d, new.nlist, new.pq.M, 4, new.metric_type, BLOCK_CODES)
+    joined.by_residual, joined.pq, joined.is_trained = True, new.pq, True
+    joined.referenced_objects = [packed]  # the owner of the quantizer
+    for number in range(new.nlist):
+        numbers, blocks = _entries(packed.invlists, number, packed.M2 // 2, BLOCK_CODES)
+        added, codes = _entries(new.invlists, number, new.code_size)
+        numbers = new_numbers[numbers]
+        is_kept = numbers >= 0
+        whole = int(is_kept.argmin() if not is_kept.all() else len(is_kept)) // BLOCK_CODES
+        blocks = blocks.reshape(-1, packed.M2, BLOCK_CODES // 2)
+        rest = unpacked_codes(blocks[whole:])[: len(numbers) - whole * BLOCK_CODES]
+        rest = packed_codes(np.concatenate([rest[is_kept[whole * BLOCK_CODES :]], codes]))
+        ids, blocks = np.concatenate([numbers[is_kept], added]), np.concatenate([blocks[:whole], rest])
+        joined.invlists.add_entries(number, len(ids), *map(faiss.swig_ptr, (ids, blocks)))
+    return joined
+
+
+def _entries(lists: Any, number: int, code_size: int, block: int = 1) -> tuple[Numbers, npt.NDArray[np.uint8]]:
+    """Copies of the ids (n,) and of the codes of a list, (n rounded up to a multiple of `block`, code_size)."""
+    size = lists.list_size(number)
+    if not size:
+        return np.empty(0, np.int64), np.empty((0, code_size), np.uint8)
+    codes = faiss.rev_swig_ptr(lists.get_codes(number), -(-size // block) * block * code_size)
+    return faiss.rev_swig_ptr(lists.get_ids(number), size).copy(), codes.reshape(-1, code_size).copy()
 
 
 def unpacked_codes(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -132,12 +157,25 @@ def unpacked_codes(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.stack(halves, axis=1).reshape(-1, blocks.shape[1] // 2)
 
 
+def packed_codes(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Blocks of the 4-bit codes (n, bytes), as `unpacked_codes` takes them: (n / 32 rounded up, 2 bytes, 16)."""
+    rows, size = codes.shape
+    padded = np.zeros((-(-rows // BLOCK_CODES), 2, 2, 8, size), np.uint8)  # (blocks, halves, 2, 8, bytes)
+    padded.reshape(-1, size)[:rows] = codes
+    lower, upper = padded[:, 0], padded[:, 1]
+    ordered = np.stack([(lower & 15) | (upper << 4), (lower >> 4) | (upper & 240)], axis=-1)
+    return np.ascontiguousarray(ordered.reshape(len(padded), 2, 8, 2 * size).transpose(0, 3, 2, 1)).reshape(
+        len(padded), 2 * size, BLOCK_CODES // 2
+    )
+
+
 def _packed(index: Any, rows: int) -> Any:
-    """A filled faiss.IndexIVFPQ as a faiss.IndexIVFPQFastScan of so many rows."""
-    packed = faiss.IndexIVFPQFastScan(index, 32)
+    """A filled faiss.IndexIVFPQ as a faiss.IndexIVFPQFastScan of so many rows. Empties the first one."""
+    packed = faiss.IndexIVFPQFastScan(index, BLOCK_CODES)
     packed.ntotal = rows  # IndexRefine requires the number of the vectors that it ranks again
-    # A copy that owns its memory: `packed` only points to parts of `index`.
-    return faiss.deserialize_index(faiss.serialize_index(packed))
+    packed.referenced_objects = [index]  # the owner of the quantizer
+    index.reset()
+    return packed
 
 
 def _offsets(lists_of_rows: Numbers, lists: int) -> Numbers:
@@ -198,11 +236,25 @@ def _two_lists(rows: AnyVectors, centroids: Vectors) -> tuple[Numbers, Numbers]:
     similarities, nearest = near_centroids(rows, centroids, min(NEAR_LISTS, len(centroids)))
     first, others = nearest[:, 0], nearest[:, 1:]
     second = np.empty(len(nearest), np.int64)
-    for start in range(0, len(centroids), LISTS_AT_ONCE):
-        products = centroids[start : start + LISTS_AT_ONCE] @ centroids.T
-        block = np.flatnonzero((first >= start) & (first < start + LISTS_AT_ONCE))
+    for block, products in _centroid_products(centroids, first, others):
         to_first, to_others = similarities[block, :1], similarities[block, 1:]
-        parallel = 1 - to_first - to_others + products[first[block, None] - start, others[block]]
+        parallel = 1 - to_first - to_others + products
         loss = 2 - 2 * to_others + parallel**2 / np.maximum(2 - 2 * to_first, SMALLEST)
         second[block] = others[block, loss.argmin(axis=1)]
     return first, second
+
+
+def _centroid_products(centroids: Vectors, first: Numbers, others: Numbers) -> Iterator[tuple[Numbers, Vectors]]:
+    """Numbers of some rows, and the products of the centroid `first` (n,) with each of `others` (n, m) of these rows.
+
+    The products of all centroids are computed unless the rows are few.
+    """
+    if PAIR_COST * others.size < len(centroids) ** 2:
+        for start in range(0, len(first), LISTS_AT_ONCE):
+            block = np.arange(start, min(start + LISTS_AT_ONCE, len(first)))
+            yield block, np.einsum("nd,nmd->nm", centroids[first[block]], centroids[others[block]])
+        return
+    for start in range(0, len(centroids), LISTS_AT_ONCE):
+        products = centroids[start : start + LISTS_AT_ONCE] @ centroids.T
+        block = np.flatnonzero((first >= start) & (first < start + LISTS_AT_ONCE))
+        yield block, products[first[block, None] - start, others[block]]

@@ -22,6 +22,8 @@ MAX_SHARE = 2.0
 BALANCE_ROUNDS = 20
 MANY_CENTROIDS = 1024
 """From so many centroids on, `NearCentroids` compares rows with them on a CPU."""
+FEW_ROWS = 65_536
+"""So many rows are compared with many centroids without torch, whose import takes 3 seconds."""
 CALLS_WITH_ALL = (0, 3, 6)
 """Iterations of k-means in which each row is compared with all of many centroids."""
 BLOCK_ROWS = 4096
@@ -78,7 +80,7 @@ class NearSample(FaissSample):
         self._sums, self._calls = np.zeros((count, rows.shape[1]), np.float32), 0
 
     def cluster_sums(self, centroids: Vectors) -> tuple[Vectors, Numbers]:
-        near = _near(centroids)
+        near = _near(len(self._rows), centroids)
         assert near is not None
         former = self._clusters
         if self._calls in CALLS_WITH_ALL:
@@ -104,7 +106,7 @@ def train_centroids(sample: AnyVectors, count: int, seed: int, balanced: bool = 
     # A centroid of a balanced training may move to rows far away.
     random = np.random.default_rng(seed)
     chosen = np.sort(random.permutation(len(sample))[:count])
-    is_near = not balanced and _near(sample[chosen].astype(np.float32)) is not None
+    is_near = not balanced and _near(len(sample), as_floats(sample[chosen])) is not None
     rows = NearSample(sample, count) if is_near else _load_sample(sample)
     centroids = rows.take(chosen)
     for _ in range(ITERATIONS):
@@ -134,16 +136,16 @@ def most_similar_centroids(vectors: AnyVectors, centroids: Vectors, nearest: int
 def near_centroids(vectors: AnyVectors, centroids: Vectors, nearest: int) -> tuple[Vectors, Numbers]:
     """As `most_similar_centroids` for a few nearest ones. On a CPU approximate where the centroids are many: of rows
     and 8,192 centroids 0.9995 get their nearest one."""
-    near = _near(centroids)
+    near = _near(len(vectors), centroids)
     return near.nearest(vectors, nearest) if near else most_similar_centroids(vectors, centroids, nearest)
 
 
-def _near(centroids: Vectors) -> NearCentroids | None:
-    """How rows are compared with many centroids on a CPU; None for few centroids, without the library, and on a GPU,
-    where products with all are faster."""
+def _near(rows: int, centroids: Vectors) -> NearCentroids | None:
+    """How so many rows are compared with many centroids on a CPU; None for few centroids, without the library, and on
+    a GPU, where products of many rows with all centroids are faster."""
     if len(centroids) < MANY_CENTROIDS or (ranking := CentroidRanking.of(centroids)) is None:
         return None
-    if not _has_torch():
+    if rows <= FEW_ROWS or not _has_torch():
         return NearCentroids(centroids, ranking, _multiplier)
     from retrieval.index.torch_products import has_gpu, multiplier
 

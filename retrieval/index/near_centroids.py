@@ -52,10 +52,11 @@ class NearCentroids:
     def nearest(self, rows: AnyVectors, count: int) -> tuple[Vectors, Numbers]:
         """Inner products and numbers of the nearest centroids of each row (n, dim), (n, count), nearest first."""
         similarities, numbers = np.empty((len(rows), count), np.float32), np.empty((len(rows), count), np.int64)
-        for start in range(0, len(rows), BLOCK_ROWS):
-            block = as_floats(rows[start : start + BLOCK_ROWS])
-            best = self._ranking.rank(block, self._multiply(block), count, max(CANDIDATES, count))
-            similarities[start : start + BLOCK_ROWS], numbers[start : start + BLOCK_ROWS] = best
+        with threadpool_limits(faiss.omp_get_max_threads(), "blas"):
+            for start in range(0, len(rows), BLOCK_ROWS):
+                block = as_floats(rows[start : start + BLOCK_ROWS])
+                best = self._ranking.rank(block, self._multiply(block), count, max(CANDIDATES, count))
+                similarities[start : start + BLOCK_ROWS], numbers[start : start + BLOCK_ROWS] = best
         return similarities, numbers
 
     def nearer(self, rows: AnyVectors, present: Numbers) -> Numbers:

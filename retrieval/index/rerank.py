@@ -52,7 +52,7 @@ class CodedRows:
     """(2, dim) lowest and highest value of each dimension."""
 
     @classmethod
-    def encode(cls, rows: HalfRows) -> Self:
+    def encode(cls, rows: "HalfRows | JoinedRows") -> Self:
         """The codes of rows (n, dim)."""
         blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, len(rows), BLOCK_ROWS)]
         extremes = [(rows[block].min(axis=0), rows[block].max(axis=0)) for block in blocks]
@@ -86,7 +86,41 @@ StoredRows: TypeAlias = HalfRows | CodedRows
 """Rows (n, dim); `rows[numbers]` is float16 for both."""
 
 
-def stored_rows(rows: HalfRows, store: str) -> StoredRows:
+@dataclass(frozen=True)
+class JoinedRows:
+    """Some stored rows and new ones after them. They are read where they are indexed, never all at once."""
+
+    stored: StoredRows
+    kept: Numbers
+    """(n,) numbers of stored rows, ascending."""
+    added: HalfRows
+    """(m, dim)."""
+
+    dtype = np.dtype(np.float16)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n + m, dim)."""
+        return len(self), self.added.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.kept) + len(self.added)
+
+    def __getitem__(self, rows: slice | Numbers) -> HalfRows:
+        """The rows of these numbers, in this order."""
+        numbers = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        is_kept, count = numbers < len(self.kept), len(self.kept)
+        result = np.empty((len(numbers), self.added.shape[1]), np.float16)
+        result[is_kept] = self.stored[self.kept[numbers[is_kept]]]
+        result[~is_kept] = self.added[numbers[~is_kept] - count]
+        return result
+
+
+WrittenRows: TypeAlias = StoredRows | JoinedRows
+"""Rows that are written to a partition."""
+
+
+def stored_rows(rows: HalfRows | JoinedRows, store: str) -> WrittenRows:
     """Rows as a database stores them. store: `IndexConfig.store`."""
     return CodedRows.encode(rows) if store == "int8" else rows
 

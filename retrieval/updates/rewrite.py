@@ -22,7 +22,7 @@ from retrieval.database.database import Database
 from retrieval.errors import UserError
 from retrieval.index.inverted_lists import update_inverted_lists
 from retrieval.index.partition import Partition
-from retrieval.index.rerank import stored_rows
+from retrieval.index.rerank import JoinedRows, stored_rows
 from retrieval.index.routing import partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
@@ -94,14 +94,14 @@ def rewrite_partition(database: Database, number: int, deleted: Mask, added: pa.
     kept = np.flatnonzero(~deleted)
     parts = [take_rows(partition.metadata, kept), added.drop_columns([schema.EMBEDDING])]
     metadata = pa.concat_tables(parts, promote_options="default")
-    vectors = np.concatenate([partition.embeddings[kept], schema.vectors(added, schema.EMBEDDING)])
+    vectors = JoinedRows(partition.embeddings, kept, schema.vectors(added, schema.EMBEDDING))
     if config.has_lists(len(vectors)) and _keeps_lists(partition, deleted):
-        lists = update_inverted_lists(partition.files.checked_base, partition.lists, kept, vectors[len(kept) :])
+        lists = update_inverted_lists(partition.files.checked_base, partition.lists, kept, vectors.added)
         rows = stored_rows(vectors, config.store), metadata
         record = write_listed_partition(database.root, folder, number, lists, rows)
     else:
         field = schema.embeddings(database.dim).field(schema.EMBEDDING)
-        table = metadata.append_column(field, schema.fixed_lists(vectors))
+        table = metadata.append_column(field, schema.fixed_lists(vectors[:]))
         record = write_partition(database.root, folder, number, table, config)
     return replace(record, files=tuple(replace(file, name=f"{manifest.stage}/{file.name}") for file in record.files))
 

@@ -6,13 +6,16 @@ import faiss
 import numpy as np
 import pytest
 
+from retrieval.index import inverted_lists
 from retrieval.index.inverted_lists import (
     NEAR_LISTS,
     InvertedLists,
     held_out,
     num_lists,
+    packed_codes,
     train_inverted_lists,
     unpacked_codes,
+    update_inverted_lists,
 )
 from retrieval.index.kmeans import nearest_centroids
 from retrieval.index.routing import Vectors, unit
@@ -117,7 +120,7 @@ def test_the_number_of_lists_is_a_power_of_two_near_eight_roots(rows: int, lists
 
 
 @pytest.mark.parametrize("dim", [7, 10, 20])
-def test_codes_are_unpacked_as_faiss_does(dim: int) -> None:
+def test_codes_are_packed_and_unpacked_as_faiss_does(dim: int) -> None:
     rows = unit(np.random.default_rng(dim).standard_normal((700, dim)).astype(np.float32)).astype(np.float16)
     index = train_inverted_lists(rows, 0).index
     expected = faiss.ArrayInvertedLists(index.nlist, index.code_size)
@@ -128,4 +131,16 @@ def test_codes_are_unpacked_as_faiss_does(dim: int) -> None:
         size = expected.list_size(number)
         codes = faiss.rev_swig_ptr(expected.get_codes(number), size * index.code_size).reshape(size, -1)
         blocks = faiss.rev_swig_ptr(index.invlists.get_codes(number), -(-size // 32) * 16 * index.M2)
-        np.testing.assert_array_equal(unpacked_codes(blocks.reshape(-1, index.M2, 16))[:size], codes)
+        blocks = blocks.reshape(-1, index.M2, 16)
+        np.testing.assert_array_equal(unpacked_codes(blocks)[:size], codes)
+        np.testing.assert_array_equal(packed_codes(codes), blocks)
+
+
+def test_few_rows_get_the_same_second_lists_as_many(rows: Vectors, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = train_inverted_lists(rows.astype(np.float16), 0)
+    updates = []
+    for cost in (1, 1 << 60):  # products of all centroids, or of pairs
+        monkeypatch.setattr(inverted_lists, "PAIR_COST", cost)
+        lists = built.offsets, built.centroids
+        updates.append(update_inverted_lists(built.index, lists, np.arange(len(rows)), rows[:50].astype(np.float16)))
+    np.testing.assert_array_equal(*(faiss.serialize_index(update.index) for update in updates))
