@@ -80,7 +80,7 @@ def run(config: PaperConfig, model: ModelUnderTest, root: Root) -> Manifest:
         upstream["unknown_judge_pictures"] = pictures_digest(config.unknown_judge_pictures)
     for stage in ("embed", "neighbors"):
         if root.exists(f"{stage}/manifest.json"):
-            upstream[stage] = read_manifest(root, stage).fingerprint
+            upstream[stage] = read_manifest(root, stage).files_fingerprint
     items = ResumableItems(root, model.folder, config, upstream)
     if (finished := items.finished_manifest()) is not None:
         log.info(f"paper: {root.at(model.folder)} is finished")
