@@ -1,6 +1,7 @@
 """Thumbnails of database rows, read from `download/database/*.tar` or `databases/<name>/pictures/*.tar`.
 
-Rows have no picture if they are hidden, if their tar is missing or has changed, or if the root is an object store.
+Rows have no picture if they are hidden, if their tar is missing, or if the root is an object store. If a picture is not
+where it was, tars that changed since are indexed again.
 """
 
 import io
@@ -8,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -45,8 +47,11 @@ class TarIndex:
         row = int(np.searchsorted(self.ids, image_id))
         return row if row < len(self.ids) and self.ids[row] == image_id else None
 
-    def read(self, row: int) -> bytes:
-        """The stored picture of a row. Raises OSError if the tar is missing or was written again."""
+    def read(self, image_id: int) -> bytes:
+        """The stored picture of an image. Raises OSError if it has none, or its tar is missing or was written again."""
+        row = self.row(image_id)
+        if row is None:
+            raise FileNotFoundError(f"no tar has a picture {image_id}")
         number, offset, size = self.positions[row].tolist()
         with self.paths[number].open("rb") as file:
             if tar_state(os.fstat(file.fileno())) != self.states[number]:
@@ -62,18 +67,22 @@ class Pictures:
         self.root = root
         self.max_rows = max_rows
         self._tars: dict[str, TarIndex] = {}
+        self._hidden: dict[str, npt.NDArray[np.int64]] = {}
+        self._lock = Lock()
 
     def add(self, name: str, database: Database) -> None:
         """Index the tars of a database, unless it has more than `max_rows` rows."""
-        folder = "download/database" if name == TRAINING_DATABASE else f"databases/{name}/pictures"
         if self.root.is_local and len(database) <= self.max_rows:
-            paths = [self.root.local_path(tar) for tar in self.root.list(folder, ".tar")]
-            self._tars[name] = index_tars(paths).without(database.hidden)
+            with self._lock:
+                self._hidden[name] = database.hidden
+                self._index(name)
 
     def hide(self, name: str, hidden: npt.NDArray[np.int64]) -> None:
         """Leave out the pictures of some ids of a database."""
-        if name in self._tars:
-            self._tars[name] = self._tars[name].without(hidden)
+        with self._lock:
+            if name in self._tars:
+                self._hidden[name] = hidden
+                self._tars[name] = self._tars[name].without(hidden)
 
     def count(self, name: str) -> int:
         """Number of pictures of a database."""
@@ -85,18 +94,35 @@ class Pictures:
 
     def thumbnail(self, name: str, image_id: int) -> bytes | None:
         """The picture as a small JPEG, or None if it is missing or cannot be read."""
-        tars = self._tars.get(name, TarIndex())
-        row = tars.row(image_id)
-        if row is None:
+        if name not in self._tars:
             return None
         try:
-            picture = decode_picture(tars.read(row), MAX_PIXELS, THUMBNAIL_EDGE)
-        except (OSError, PictureError):  # the tar may have been deleted or written again since it was indexed
+            try:
+                body = self._tars[name].read(image_id)
+            except OSError:
+                body = self._newest(name).read(image_id)
+            picture = decode_picture(body, MAX_PIXELS, THUMBNAIL_EDGE)
+        except (OSError, PictureError):
             return None
         picture.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=88)
         return buffer.getvalue()
+
+    def _newest(self, name: str) -> TarIndex:
+        """The index of the present tars of a database."""
+        with self._lock:
+            tars, paths = self._tars[name], self._paths(name)
+            if (tars.paths, tars.states) != (paths, tar_states(paths)):
+                self._index(name)
+            return self._tars[name]
+
+    def _index(self, name: str) -> None:
+        self._tars[name] = index_tars(self._paths(name)).without(self._hidden[name])
+
+    def _paths(self, name: str) -> list[Path]:
+        folder = "download/database" if name == TRAINING_DATABASE else f"databases/{name}/pictures"
+        return [self.root.local_path(tar) for tar in self.root.list(folder, ".tar")]
 
 
 def tar_state(status: os.stat_result) -> tuple[int, int]:
@@ -104,9 +130,14 @@ def tar_state(status: os.stat_result) -> tuple[int, int]:
     return status.st_ino, status.st_mtime_ns
 
 
+def tar_states(paths: Sequence[Path]) -> list[tuple[int, int]]:
+    """`tar_state` of files."""
+    return [tar_state(path.stat()) for path in paths]
+
+
 def index_tars(paths: Sequence[Path]) -> TarIndex:
     """Positions of the pictures in tars."""
-    states = [tar_state(path.stat()) for path in paths]
+    states = tar_states(paths)
     members = [
         (int(key, 16), number, *position)
         for number, path in enumerate(paths)

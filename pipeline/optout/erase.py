@@ -261,6 +261,8 @@ def _update_manifest(root: Root, stage: str, records: list[ShardRecord], is_curr
         digests = _inputs_by_shard(root, stage)
         shards = tuple(replace(shard, inputs=shard.inputs | digests.get(shard.shard, {})) for shard in shards)
     values: dict[str, Any] = before.values
+    if stage == "neighbors":  # the images left its tables before, so none changes here
+        values = values | {"files_fingerprint": before.files_fingerprint}
     if "rows" in values:  # a database
         kept = Database.open(root.child(stage)).calibration  # what lies beside the manifest names the earlier database
         values = values | {

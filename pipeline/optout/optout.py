@@ -80,9 +80,6 @@ def _run(blocklist: Blocklist, root: Root, erase: bool, workers: Workers) -> dic
         earlier = report["erased"]
         report["erased"] = {word: max(number, earlier.get(word, 0)) for word, number in numbers.items()}
         report["remains"] = REMAINS_ERASED
-        if root.exists("neighbors/manifest.json"):  # its inputs have other identities now
-            tables = read_manifest(root, "neighbors").fingerprint
-            report["neighbors"]["free"] = [*dict.fromkeys((tables, *report["neighbors"]["free"]))]
         report["left"] = ids_left(root, name, plan, workers)
         for database, found in search_after(root, name, plan.rows).items():
             report["search"][database]["found_after"] = found

@@ -46,7 +46,7 @@ def refill_tables(stage: Stage) -> Removed:
         before = read_manifest(root, "neighbors")
         now = _current_stage(root, "neighbors")
         if before.fingerprint == now.fingerprint:
-            return Removed(free=(now.fingerprint,))
+            return Removed(free=(before.files_fingerprint,))
         if _inputs_without_hidden(before) != _inputs_without_hidden(now):
             raise UserError(
                 f"{root.at('neighbors')} was made from another index. The images are hidden in the databases."
@@ -84,13 +84,15 @@ def _replace_tables(refill: Refill, before: Manifest, now: Stage) -> Removed:
     shards = tuple(replace(replaced(old, new.get(old.shard)), inputs=now.inputs_of(old.shard)) for old in before.shards)
     root.write_json(f"neighbors/{STARTED_FILE}", asdict(now.identity))
     refill.apply(now.identity.shard_fingerprint, shards, new)
-    made_of = (before.fingerprint, *before.values.get("made_of", ()))
-    values = {**before.values, "made_of": list(made_of)}
+    made_of = (before.files_fingerprint, *before.values.get("made_of", ()))
+    # A training on unchanged tables goes on, so these keep their fingerprint.
+    changes = {"made_of": list(made_of)} if new else {"files_fingerprint": before.files_fingerprint}
+    values = {word: value for word, value in before.values.items() if word != "files_fingerprint"} | changes
     write_manifest(
         root, replace(before, fingerprint=now.fingerprint, upstream=now.upstream, shards=shards, values=values)
     )
     if not new:
-        return Removed(free=(now.fingerprint, before.fingerprint))
+        return Removed(free=(before.files_fingerprint,))
     counts = [int(sum(record.values[word] for record in new.values())) for word in ("dropped", "refilled")]
     return Removed(made_of, (now.fingerprint,), *counts)
 

@@ -196,6 +196,11 @@ class Manifest:
         return pc.sum(self._shards.files.field("bytes")).as_py() or 0
 
     @property
+    def files_fingerprint(self) -> str:
+        """The fingerprint when a file last changed. A removal of images can change those of the inputs alone."""
+        return str(self.values.get("files_fingerprint", self.fingerprint))
+
+    @property
     def identity(self) -> str:
         """Digest of the output for the fingerprint of later stages: of settings and of all file contents."""
         return _digest([self.fingerprint, sorted(self.checksums().items())])

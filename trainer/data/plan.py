@@ -86,7 +86,7 @@ def make_plan(config: TrainingRecipe, root: Root, autoencoder: Autoencoder) -> T
         views = int(images.values["views"])
         _check_latents(images, neighbors, autoencoder.identity, shape, root)
         _check_aspect(images, train.aspect_step, root)
-    upstream = {"neighbors": neighbors.fingerprint, images.stage: images.fingerprint}
+    upstream = {"neighbors": neighbors.files_fingerprint, images.stage: images.fingerprint}
     upstream["autoencoder"] = autoencoder.identity
     if train.aspect_step:
         upstream["embed"] = _identity_of_sizes(root, [neighbors, images] if train.source == "latents" else [neighbors])
@@ -123,7 +123,7 @@ def check_table(plan: TrainingPlan, root: Root, number: int) -> None:
     if stored and stored[1].digest == plan.training_set.tables[number]:
         return
     manifest = root.find_json("neighbors/manifest.json")
-    if manifest and manifest["fingerprint"] == plan.upstream["neighbors"]:
+    if manifest and manifest["values"].get("files_fingerprint", manifest["fingerprint"]) == plan.upstream["neighbors"]:
         return
     shard, folder = plan.training_set.shards[number], root.at(plan.config.train.folder)
     raise UserError(

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from retrieval.clip.encoder import Encoder
 from retrieval.database.verify import visible_positions
 from retrieval.errors import UserError
+from retrieval.pictures.picture_file import read_picture
 from retrieval.storage.manifest import Manifest, ShardRecord
 from retrieval.storage.root import Root
 from retrieval.storage.writable import require_writable
@@ -132,7 +134,8 @@ def style_names(config: EvaluateConfig, root: Root) -> tuple[str, ...]:
 
 
 def make_evaluator(config: EvaluateConfig, sampler: Sampler, styles: Sequence[str], bootstrap: Bootstrap) -> Evaluator:
-    """Train the judges. Rows of the style databases train one and are the reference of distances.
+    """Train the judges. Rows of the style databases train one and are the reference of distances; pictures of the judge
+    on pixels, which are in no database, are a second reference.
 
     The style descriptor is trained on pictures of the styles of the recipe, which `styles` may exceed.
     """
@@ -143,15 +146,23 @@ def make_evaluator(config: EvaluateConfig, sampler: Sampler, styles: Sequence[st
             f"the style databases have {count} pictures in all, too few for precision_recall_neighbors = "
             f"{neighbors}. Lower it or add pictures."
         )
-    pixels = gallery = None
+    pixels = gallery = held_out = None
     if config.judge_pictures:
         pictures, known = JudgePictures.read(config, styles), style_names(config, sampler.root)
         pixels = train_pixel_judge(pictures, config.pixel_classifier, config.seed)
         _log_judge("pixels", pixels)
         gallery = train_style_descriptor(pictures, known, config.style_descriptor, config.seed)
+        held_out = picture_features(pictures, sampler.encoder)
         found = gallery.retrieval(styles).value
         log.info(f"evaluate: style descriptor of {len(known)} styles  mAP@1 on held-out pictures {found:.3f}")
-    return Evaluator(train_feature_judge(config, rows), pixels, Reference.of(rows, neighbors), bootstrap, gallery)
+    reference = Reference.of(rows, neighbors, held_out)
+    return Evaluator(train_feature_judge(config, rows), pixels, reference, bootstrap, gallery)
+
+
+def picture_features(pictures: JudgePictures, encoder: Encoder) -> dict[str, Features]:
+    """CLIP features (n, dim) of the pictures of each style, as the features of samples."""
+    features = np.concatenate([encoder.encode_images([read_picture(path)]) for path in pictures.paths])
+    return {style: features[pictures.labels == label] for label, style in enumerate(pictures.styles)}
 
 
 def database_rows(config: EvaluateConfig, sampler: Sampler, styles: Sequence[str]) -> dict[str, Features]:

@@ -39,6 +39,8 @@ class JudgePictures:
     """Labelled pictures, of which some are held out to test what the others train, and to compare samples with."""
 
     styles: tuple[str, ...]
+    paths: tuple[Path, ...]
+    """(n,) files."""
     pixels: Pixels
     """(n, EDGE, EDGE, 3)."""
     labels: Labels
@@ -57,7 +59,7 @@ class JudgePictures:
         paths, labels = _rows(config, styles)
         pixels = thumbnails(read_picture(path) for path in paths)
         rows, held_out = split_rows(labels, config.pixel_classifier.held_out_fraction, config.seed)
-        return cls(tuple(styles), pixels, labels, rows, held_out)
+        return cls(tuple(styles), tuple(paths), pixels, labels, rows, held_out)
 
 
 class PixelClassifier(torch.nn.Module):

@@ -74,7 +74,8 @@ class EvaluateConfig(SamplingConfig):
     """The paper's style classifier. It sees the CLIP features that also condition the samples."""
     judge_pictures: str = ""
     """Parquet table with columns `path` (from its folder) and `style` (as the database or in words): pictures that are
-    in no database and no training set. They train and test a second judge, on pixels; empty: there is none."""
+    in no database and no training set. They train and test a second judge, on pixels, and are the reference of a second
+    kernel distance; empty: there is none."""
     pixel_classifier: PixelClassifierConfig = PixelClassifierConfig()
     """The style classifier on pixels. Its `held_out_fraction` is also that of the style descriptor, which compares
     samples with these held-out pictures."""

@@ -58,11 +58,15 @@ class Reference:
     """Of all styles together."""
     neighbors: int
     """The nearest neighbor that sets the radius of manifolds."""
+    held_out: dict[str, Features] | None = None
+    """As `by_style`, of pictures that are in no database and so condition no sample; None without such pictures."""
 
     @classmethod
-    def of(cls, by_style: dict[str, Features], neighbors: int) -> "Reference":
+    def of(
+        cls, by_style: dict[str, Features], neighbors: int, held_out: dict[str, Features] | None = None
+    ) -> "Reference":
         """Raises ValueError unless there are more rows in all than `neighbors`."""
-        return cls(by_style, fit_manifold(np.concatenate([*by_style.values()]), neighbors), neighbors)
+        return cls(by_style, fit_manifold(np.concatenate([*by_style.values()]), neighbors), neighbors, held_out)
 
 
 @dataclass(frozen=True)
@@ -138,21 +142,20 @@ def results(features: FeaturesByGroup, evaluator: Evaluator) -> dict[str, Any]:
 
 
 def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored `results`; those of a version without the style descriptor have None for what it measures.
+    """Stored `results`; those of earlier versions have None for what they did not measure.
 
     `gallery_rows` is None if the gallery had the pictures that trained the descriptor, as in earlier versions.
     """
     descriptor = stored["judges"].get("descriptor")
 
-    def values_of(row: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            mode: {"accuracy_nearest": None, "content_and_style": None} | each for mode, each in row["modes"].items()
-        }
+    def values_of(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
+        missing = dict.fromkeys(("accuracy_nearest", "content_and_style", *names))
+        return {mode: missing | each for mode, each in row["modes"].items()}
 
     return {
         **stored,
         "judges": {**stored["judges"], "descriptor": descriptor and {"gallery_rows": None, **descriptor}},
-        "modes": values_of(stored),
+        "modes": values_of(stored, "kernel_distance_held_out"),
         "styles": [{"retrieval": None, **row, "modes": values_of(row)} for row in stored["styles"]],
     }
 
@@ -228,16 +231,22 @@ def _effects(totals: Mapping[str, StyleScores], flags: str, evaluator: Evaluator
     }
 
 
-def _distances(groups: Mapping[str, SampleFeatures], evaluator: Evaluator) -> dict[str, Estimate]:
-    """Kernel distance to the style's own database, mean over styles; precision and recall over all styles."""
+def _distances(groups: Mapping[str, SampleFeatures], evaluator: Evaluator) -> dict[str, Estimate | None]:
+    """Kernel distances to the style's own database, whose rows also condition samples, and to held-out pictures of the
+    style, means over styles; precision and recall over all styles."""
     bootstrap, reference = evaluator.bootstrap, evaluator.reference
     pictures = np.concatenate([group.pictures for group in groups.values()])
     prompts = [prompt for group in groups.values() for prompt in group.prompts]
-    pairs = [(group.pictures, reference.by_style[style]) for style, group in groups.items()]
-    distance, resampled = _kernel_distance(pairs, bootstrap.weights(prompts))
+
+    def distance(real: dict[str, Features]) -> Estimate:
+        pairs = [(group.pictures, real[style]) for style, group in groups.items()]
+        value, resampled = _kernel_distance(pairs, bootstrap.weights(prompts))
+        return interval(value, _known(resampled), prompts)
+
     covered = fit_manifold(pictures, reference.neighbors).contains(reference.manifold.centers)
     return {
-        "kernel_distance": interval(distance, _known(resampled), prompts),
+        "kernel_distance": distance(reference.by_style),
+        "kernel_distance_held_out": distance(reference.held_out) if reference.held_out else None,
         # Rows are resampled with fixed manifolds: duplicate rows would shrink a manifold.
         "precision": share(reference.manifold.contains(pictures), prompts),
         "recall": share(covered),

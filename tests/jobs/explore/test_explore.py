@@ -135,11 +135,16 @@ def test_a_running_page_leaves_out_images_that_are_hidden_or_deleted_later(tmp_p
     assert [row["rows"] for row in get(app, "databases").json()["databases"] if row["name"] == "green"] == [23]
 
 
-def test_a_thumbnail_of_a_tar_that_is_written_again_is_not_read_at_its_old_place(tmp_path):
+def test_thumbnails_of_tars_that_are_written_again_are_read_at_their_new_place(tmp_path):
     run = write_root(tmp_path)
-    app = open_app(run)
-    delete_thumbnails(run[0].child("databases/green"), np.array([green_id(0)]))
-    assert get(app, f"picture/green/{green_id(7)}").status_code == 404
+    green, app = run[0].child("databases/green"), open_app(run)
+    pictures = [get(app, f"picture/green/{green_id(number)}").content for number in (7, 8)]
+    delete_thumbnails(green, np.array([green_id(0)]))
+    assert get(app, f"picture/green/{green_id(7)}").content == pictures[0]
+    assert get(app, f"picture/green/{green_id(0)}").status_code == 404
+    tar = green.local_path("pictures/00000.tar")
+    tar.rename(tar.with_name("00001.tar"))  # as an updated shard of `download`
+    assert get(app, f"picture/green/{green_id(8)}").content == pictures[1]
 
 
 def test_a_picture_of_a_deleted_tar_is_not_found(run):

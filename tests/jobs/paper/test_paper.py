@@ -300,6 +300,29 @@ def test_experiments_of_a_version_without_descriptor_and_weights_have_both_pages
     assert not {"by nearest picture", "content and style"} & set(re.findall(r">([^<>]+)</th>", html))
 
 
+def test_the_distance_to_held_out_pictures_is_a_column_where_it_was_measured(finished, tmp_path: Path):
+    root, _, values = finished
+    measured = json.loads(json.dumps(values))
+    for row in measured["tables"]["modes"].values():
+        row["kernel_distance_held_out"] = [7.1234, 7.1, 7.2]
+    tables = []
+    for stored in (without(values, {"kernel_distance_held_out"}), values, measured):
+        root.write_json(f"{STAGE}/paper.json", stored)
+        try:
+            page = write_page(root, STAGE)
+            html = root.local_path(f"{STAGE}/report.html").read_text()
+        finally:
+            root.write_json(f"{STAGE}/paper.json", values)
+        text = write_docs(root, page, tmp_path).read_text()
+        assert ("7.123<br>" in html) == ("to held-out pictures</th>" in html) == (stored is measured)
+        lines = text[text.index("| mode | accuracy | by pixels | by nearest picture | logit") :].split("\n\n")[0]
+        tables.append(lines.splitlines())
+        assert {line.count("|") for line in tables[-1][:3]} == {12 if stored is measured else 11}
+    assert tables[0] == tables[1]
+    assert "to held-out pictures" in tables[2][0]
+    assert "7.123" in tables[2][2].split("|")[7]
+
+
 def test_a_report_of_unfinished_experiments_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="paper did not finish"):
         write_page(Root(tmp_path), STAGE)

@@ -236,6 +236,29 @@ def test_an_erased_image_is_in_no_file_and_no_stage_runs_again(root: Root, clip:
 
 
 @pytest.mark.usefixtures("in_process_shards")
+def test_an_erasure_changes_the_tables_of_a_training_only_by_their_rows(
+    root: Root, clip: ClipConfig, tmp_path: Path
+) -> None:
+    names = [file.name for record in read_manifest(root, "neighbors").shards for file in record.files]
+    tables = [schema.read_table(root, name, schema.neighbors(4, 32)) for name in names]
+    used = np.concatenate([schema.vectors(table, schema.NEIGHBOR_IDS).ravel() for table in tables])
+    database = [picture for shard in ("database/00000", "database/00001") for picture in SHARDS[shard]]
+    in_no_row = next(id_ for id_ in (schema.image_id(picture.url) for picture in database) if id_ not in used)
+    before = read_manifest(root, "neighbors").fingerprint
+    for number, (listed, is_same) in enumerate([(in_no_row, True), (int(used[0]), False)]):
+        (tmp_path / f"{number}.txt").write_text(str(listed))
+        blocklist = read_blocklist(str(tmp_path / f"{number}.txt"))
+        optout.run(blocklist, root)
+        hidden = read_manifest(root, "neighbors").files_fingerprint
+        assert (hidden == before) == is_same
+        report = optout.run(blocklist, root, erase=True)
+        erased = read_manifest(root, "neighbors")
+        assert erased.files_fingerprint == hidden != erased.fingerprint
+        assert report["neighbors"]["free"] == [hidden]
+        assert run_stages(root, clip)["neighbors"] == erased
+
+
+@pytest.mark.usefixtures("in_process_shards")
 def test_the_exact_check_counts_single_ids_in_every_kind_of_table(root: Root) -> None:
     listed, row, style = LISTED[0], SHARDS["database/00000"][3], schema.image_id("ink/05.jpg")
     ids = [schema.image_id(listed.url)]

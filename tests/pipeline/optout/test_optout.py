@@ -140,6 +140,31 @@ def test_a_training_reads_on_in_unchanged_tables_and_ends_at_a_changed_one(root:
         loader.shard(1)
 
 
+@pytest.mark.usefixtures("in_process_shards")
+def test_a_removal_that_changes_no_table_lets_trainings_go_on_and_a_later_change_names_them(
+    root: Root, tmp_path: Path
+) -> None:
+    plan, before = plan_of(root, tmp_path), read_manifest(root, "neighbors")
+    rows = [row for shard in ("00000", "00001") for ids in neighbor_ids(root, shard).values() for row in ids]
+    unused = next(p for p in pictures_of("database/00000") if schema.image_id(p.url) not in rows)
+    (tmp_path / "unused.txt").write_text(unused.url)
+    report = optout.run(read_blocklist(str(tmp_path / "unused.txt")), root)
+    assert plan_of(root, tmp_path) == plan
+    assert report["neighbors"] == {"held": [], "free": [before.fingerprint], "dropped": 0, "refilled": 0}
+    assert report["trained"] == {"with": [], "unknown": ["runs/c"]}
+    after = read_manifest(root, "neighbors")
+    assert after.shards.table["files"] == before.shards.table["files"]
+    assert neighbors.run(CONFIG, root) == after, "the stage accepts the tables"
+    root.delete("neighbors/records")
+    Loader(plan, root, 0, 1).shard(0)
+
+    (tmp_path / "used.txt").write_text(str(rows[0]))
+    report = optout.run(read_blocklist(str(tmp_path / "used.txt")), root)
+    assert report["trained"] == {"with": ["runs/a", "runs/b"], "unknown": ["runs/c"]}
+    changed = plan_of(root, tmp_path).upstream["neighbors"]
+    assert report["neighbors"]["free"] == [changed] != [before.fingerprint]
+
+
 def write_list(root: Root, tmp_path: Path) -> tuple[Blocklist, list[int]]:
     """A blocklist of a training image and of two neighbors that only shard 00000 has; all listed ids."""
     neighbors_1 = {row for ids in neighbor_ids(root, "00001").values() for row in ids}

@@ -291,6 +291,22 @@ def test_logits_and_distances_are_better_for_samples_like_the_databases(samples,
     assert distances[2].value == pytest.approx(np.mean(expected))
 
 
+def test_a_second_distance_is_to_pictures_of_the_style_that_are_in_no_database(samples, evaluator, result):
+    assert result["modes"]["retrieval"]["kernel_distance_held_out"] is None
+    # Samples that are rows of the database.
+    copied = samples | {
+        ("retrieval", style): samples_of(rows[:6]) for style, rows in evaluator.reference.by_style.items()
+    }
+    real = {style: clusters(label, 20, seed=9) for label, style in enumerate(NAMES)}
+    with_real = replace(evaluator, reference=replace(evaluator.reference, held_out=real))
+    row = results(copied, with_real)["modes"]["retrieval"]
+    expected = [KernelDistance.of(4 * copied["retrieval", style].pictures, 4 * real[style]).value() for style in NAMES]
+    value, low, high = row["kernel_distance_held_out"]
+    assert value == pytest.approx(np.mean(expected))
+    assert low < value < high
+    assert row["kernel_distance"] == results(copied, evaluator)["modes"]["retrieval"]["kernel_distance"]
+
+
 def test_samples_in_the_styles_of_other_databases_are_far_although_all_styles_together_are_equal(samples, evaluator):
     """A distance to all databases at once would find nothing wrong with samples of interchanged styles."""
     turned = samples | {("suffix", style): samples_of(clusters((i + 1) % 3, 6, 1)) for i, style in enumerate(NAMES)}
@@ -332,6 +348,20 @@ def test_every_mode_and_style_has_its_samples_and_their_features(evaluated):
     # Without neighbors the untrained model draws the same style for all.
     for accuracy in ("accuracy", "accuracy_pixels"):
         assert result["modes"]["no_neighbors"][accuracy][0] == pytest.approx(1 / 3, abs=0.34)
+
+
+def test_the_second_distance_is_to_the_pictures_of_the_judge_on_pixels_as_clip_sees_them(evaluated, tiny):
+    root, _, result = evaluated
+    encoder = Sampler.open(root, tiny[1]).encoder
+    for mode in MODES:
+        distances = []
+        for style in NAMES:
+            with root.open(f"{STAGE}/samples/{mode}/{style}/features.npy") as file:
+                drawn = np.load(file)
+            real = encoder.encode_images(pictures_of(style, 10))
+            scale = np.float32(drawn.shape[1] ** 0.5)
+            distances.append(KernelDistance.of(scale * drawn, scale * real).value())
+        assert result["modes"][mode]["kernel_distance_held_out"][0] == pytest.approx(np.mean(distances), abs=1e-4)
 
 
 def test_the_classifier_learned_the_pictures_of_the_databases(evaluated, tiny):

@@ -80,7 +80,7 @@ def run(config: PaperConfig, model: ModelUnderTest, root: Root) -> Manifest:
         upstream["unknown_judge_pictures"] = pictures_digest(config.unknown_judge_pictures)
     for stage in ("embed", "neighbors"):
         if root.exists(f"{stage}/manifest.json"):
-            upstream[stage] = read_manifest(root, stage).fingerprint
+            upstream[stage] = read_manifest(root, stage).files_fingerprint
     items = ResumableItems(root, model.folder, config, upstream)
     if (finished := items.finished_manifest()) is not None:
         log.info(f"paper: {root.at(model.folder)} is finished")
@@ -210,8 +210,11 @@ class Experiments:
             plan = make_plan(self._model.training, root, sampler.autoencoder)
             if not is_finished(plan, root):
                 raise UserError(f"{root.at(self._model.trained.folder)} was not trained by this recipe.")
-            if not any(plan.training_set.held_out):
-                raise UserError("train.validation_images is 0: no image was held out.")
+            if (count := sum(plan.training_set.held_out)) < 2:
+                raise UserError(
+                    f"images that train.validation_images held out: {count}; wanted at least 2, as an image also gets "
+                    "the neighbors of another. Set it to 2 or more and train again."
+                )
         except UserError as error:
             # An imported model comes without its training set; the other experiments do not need it.
             return {"left_out": str(error)}, {}

@@ -4,6 +4,7 @@ import io
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image, ImageEnhance
 from retrieval.clip.encoder import Encoder
 from retrieval.database.database import Database
 from retrieval.errors import UserError
+from retrieval.storage.manifest import Manifest, write_manifest
 from retrieval.storage.root import Root
 from tests.trainer.tiny_run import pictures_of, write_clip, write_style_database
 from tests.trainer.training_set import make_recipe
@@ -33,6 +35,7 @@ from trainer.evaluation.paper.controls import (
 from trainer.evaluation.paper.copy_check import DatabaseImages, GeneratedSamples, TrainingSetImages, compare
 from trainer.evaluation.paper.copy_distances import Comparison, hash_row, nearest
 from trainer.evaluation.paper.copy_distances import summary as copy_summary
+from trainer.evaluation.paper.experiments import Experiments
 from trainer.evaluation.paper.held_out import held_out_losses, summary
 from trainer.evaluation.paper.real_images import TrainingImages, style_picture
 from trainer.evaluation.recipe import ClassifierConfig
@@ -327,3 +330,22 @@ def test_own_neighbors_give_the_lowest_loss_and_contexts_share_the_noise(trainin
         assert quartiles == sorted(quartiles, reverse=True)
     repeated = held_out_losses(unet, plan, loader, autoencoder, 4)
     np.testing.assert_array_equal(repeated["shuffled"], losses["shuffled"])
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_held_out_images_are_left_out(training_set: Root, autoencoder_folder: str, count: int):
+    recipe = make_recipe(autoencoder_folder, validation_images=count)
+    autoencoder = Autoencoder.load(recipe.autoencoder, "cpu")
+    plan = make_plan(recipe, training_set, autoencoder)
+    run = Manifest(recipe.train.folder, 1, plan.fingerprint, plan.upstream, {}, (), {}, 0.0)
+    write_manifest(training_set, run)
+    experiments = object.__new__(Experiments)  # without the style databases that others need
+    experiments._items = SimpleNamespace(root=training_set)
+    experiments._sampler = SimpleNamespace(autoencoder=autoencoder)
+    experiments._model = SimpleNamespace(training=recipe)
+    try:
+        values, pictures = experiments._held_out()
+    finally:
+        training_set.delete(recipe.train.folder)
+    assert f"held out: {count}; wanted at least 2" in values["left_out"]
+    assert pictures == {}
