@@ -2,10 +2,11 @@
 
 Generates the data and builds every index once, below a scratch folder; tunes each method, and times it in rounds that
 alternate with those of ScaNN. The results of a method are stored when it is finished, so that the same command
-continues an interrupted run; those of other hardware or other sources of our search are measured again. Writes
-`docs/performance.json`, and from it `docs/performance.md` and the plot. Other sizes and seeds, and searches by some
-methods only (`--rows 300000 --seed 1 --parts search`, `--methods scann database --parts search`), are written to the
-scratch folder; the next full run, or `--parts` without a name, adds them to the page as races.
+continues an interrupted run; those of other hardware or other sources of our search are measured again. A run of all
+parts, by all methods or some (`--methods scann database ivf-flat fast-scan`), writes `docs/performance.json`, and from
+it `docs/performance.md` and the plot. Other sizes and seeds, and searches alone (`--rows 300000 --seed 1 --parts
+search`), are written to the scratch folder; the next run of all parts, or `--parts` without a name, adds them to the
+page as races.
 """
 
 import argparse
@@ -57,8 +58,8 @@ def main() -> None:
         result[part] = measurements[part]()
         write_atomically(record, json.dumps(result, indent=1) + "\n")
         print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
-    full = options.rows == FULL_ROWS and not options.seed and not options.methods
-    result["races"] = other_races(options.scratch, record)
+    full = options.rows == FULL_ROWS and not options.seed and set(PARTS) <= result.keys()
+    result["races"] = other_races(options.scratch, result)
     report.write(result, DOCS if full else options.scratch)
 
 
@@ -76,7 +77,8 @@ def build_all(data: BenchmarkData, methods: list[MethodSpec], threads: int) -> t
 
 def measure_search(data: BenchmarkData, methods: list[MethodSpec], failures: dict[str, str]) -> dict[str, Any]:
     """Recall and speed of every method, in rounds that alternate with those of the baseline."""
-    missing = NOT_MEASURED | failures
+    left_out = {method.label: "not part of this run" for method in METHODS if method not in methods}
+    missing = left_out | NOT_MEASURED | failures
     records = {}
     for method in sorted(methods, key=lambda method: method is not SCANN):
         try:
@@ -133,19 +135,22 @@ def _points(record: dict[str, Any]) -> dict[str, list[TuningResult]]:
 def add_races(scratch: Path) -> None:
     """Add the searches in the scratch folder to the page, in place of its races of the same sizes and seeds."""
     page = json.loads((DOCS / "performance.json").read_text())
-    races = {(race["rows"], race["seed"]): race for race in [*page["races"], *other_races(scratch, None)]}
-    report.write(page | {"races": list(races.values())}, DOCS)
+    report.write(page | {"races": other_races(scratch, page)}, DOCS)
 
 
-def other_races(scratch: Path, record: Path | None) -> list[dict[str, Any]]:
-    """The searches in the records (`100000.json`) of the scratch folder. record: one that is left out."""
-    results = [json.loads(path.read_text()) for path in sorted(scratch.glob("[0-9]*.json")) if path != record]
-    return [
-        {name: result[name] for name in ("rows", "seed", "hardware")}
-        | {name: result["search"][name] for name in ("chosen", "opened")}
-        for result in results
-        if "seed" in result and "search" in result
+def other_races(scratch: Path, page: dict[str, Any]) -> list[dict[str, Any]]:
+    """The races of the committed page, and in place of those of the same sizes and seeds the searches in the records
+    (`100000.json`) of the scratch folder; without that of the size and seed of `page`."""
+    records = [json.loads(path.read_text()) for path in sorted(scratch.glob("[0-9]*.json"))]
+    races = [
+        {name: record[name] for name in ("rows", "seed", "hardware")}
+        | {name: record["search"][name] for name in ("chosen", "opened")}
+        for record in records
+        if {"seed", "search"} <= record.keys()
     ]
+    stored = json.loads((DOCS / "performance.json").read_text())["races"]
+    by_size = {(race["rows"], race["seed"]): race for race in [*stored, *races]}
+    return [by_size[size] for size in sorted(by_size) if size != (page["rows"], page["seed"])]
 
 
 def measure_engine(data: BenchmarkData, search_result: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,16 @@
-"""The goals of the retrieval benchmark, which were set before the first measurement."""
+"""The goals of the retrieval benchmark, which were set before the measurements."""
 
 from typing import Any
 
 from benchmarks.common.report import Goal
 from benchmarks.retrieval.catalog import DATABASE
 
-SEARCH_TARGETS = {("single", 0.95): 2.0, ("single", 0.99): 1.2, ("batch", 0.95): 1.5, ("batch", 0.99): 1.2}
+SEARCH_TARGETS = {("single", 0.95): 2.0, ("single", 0.99): 2.0, ("batch", 0.95): 1.5, ("batch", 0.99): 1.2}
 """Times ScaNN's rate, by mode and recall."""
 JOIN_TARGETS = {"ivf-flat": 8.0, "fast-scan": 2.0}
 """Times our CPU time, by method."""
+TEXT_MS = 0.347
+"""A single text query at a recall of 0.95: half of 0.694 ms, which it took at first with a million rows."""
 MODES = {"single": "single query, one thread", "batch": "batch, two threads"}
 
 
@@ -17,14 +19,20 @@ def goals(result: dict[str, Any]) -> list[Goal]:
 
 
 def _search_goals(result: dict[str, Any]) -> list[Goal]:
+    ours = [row for row in result.get("search", {}).get("chosen", []) if row["method"] == DATABASE.name]
+    texts = ("texts", 20, 0.95, "single")
     return [
         Goal(
             f"{MODES[row['mode']]}, recall@20 >= {row['target']}, times ScaNN's rate",
             SEARCH_TARGETS[row["mode"], row["target"]],
             row["ratio"],
         )
-        for row in result.get("search", {}).get("chosen", [])
-        if row["method"] == DATABASE.name and row["ratio"] is not None and (row["stream"], row["k"]) == ("images", 20)
+        for row in ours
+        if row["ratio"] is not None and (row["stream"], row["k"]) == ("images", 20)
+    ] + [
+        Goal("single text query, one thread, recall@20 >= 0.95", TEXT_MS, row["ms"], True, " ms")
+        for row in ours
+        if (row["stream"], row["k"], row["target"], row["mode"]) == texts
     ]
 
 

@@ -29,7 +29,7 @@ def races_section(races: list[dict[str, Any]]) -> list[str]:
         "x fastest small:",
         "",
     ]
-    heading = "**Other sizes and seeds, and the present code, `Database.search`**"
+    heading = "**Other sizes and seeds, `Database.search`**"
     hardware = machines({f"{race['rows']:,} rows, seed {race['seed']}": race["hardware"] for race in races})
     return [heading, markdown_table(headings, lines), EXPLANATION.format(machines=hardware)]
 

@@ -35,12 +35,22 @@ def test_a_stored_race_of_other_conditions_is_measured_again(
         race.measure_method(data, method, {})
 
 
-def test_other_races_are_those_of_the_records_without_the_page(tmp_path: Path) -> None:
-    for name, rows in (("100000", 100_000), ("300000-1", 300_000), ("performance", 100_000)):
-        record = {"rows": rows, "seed": 0, "hardware": "", "search": {"chosen": [], "opened": {}}}
-        (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    others = race.other_races(tmp_path, tmp_path / "300000-1.json")
-    assert [other["rows"] for other in others] == [100_000]
+def test_other_races_are_those_of_the_page_and_of_the_records_without_its_own_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(rows: int, seed: int, hardware: str) -> dict[str, object]:
+        return {"rows": rows, "seed": seed, "hardware": hardware, "search": {"chosen": [], "opened": {}}}
+
+    for name, stored in (("100000", record(100_000, 0, "new")), ("300000-1", record(300_000, 1, "new"))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(stored))
+    races = [record(100_000, 0, "old"), record(100_000, 2, "old")]
+    (tmp_path / "performance.json").write_text(json.dumps({"races": races}))
+    monkeypatch.setattr(race, "DOCS", tmp_path)
+    others = race.other_races(tmp_path, {"rows": 300_000, "seed": 1})
+    assert [(other["rows"], other["seed"], other["hardware"]) for other in others] == [
+        (100_000, 0, "new"),
+        (100_000, 2, "old"),
+    ]
 
 
 def test_races_are_added_to_the_page_in_place_of_those_of_the_same_size(
@@ -56,5 +66,6 @@ def test_races_are_added_to_the_page_in_place_of_those_of_the_same_size(
     for _ in range(2):
         race.add_races(tmp_path)
     added = json.loads((tmp_path / "docs/performance.json").read_text())
-    assert added == page | {"races": [*page["races"], kept | {"seed": 7}]}
+    races = sorted([*page["races"], kept | {"seed": 7}], key=lambda one: (one["rows"], one["seed"]))
+    assert added == page | {"races": races}
     assert "| 100,000 | 7 | images |" in (tmp_path / "docs/performance.md").read_text()
