@@ -34,6 +34,8 @@ from retrieval.recipe import IndexConfig
 K, QUERIES, RECALL = 20, 1_000, 0.95
 ADDED = (0.01, 0.1)
 DELETED = 0.01
+LIST_ROWS = 20_000
+"""Rows whose lists are compared with the nearest centroids."""
 MERGED_ROWS = 100_000
 """Halves are merged, and databases built again with the added rows, only at this many rows."""
 FLAT_ROWS = 20_000
@@ -50,17 +52,18 @@ def main() -> None:
     options = parser.parse_args()
     faiss.omp_set_num_threads(1)
     warnings.simplefilter("ignore", RecallWarning)
-    sizes = [{"rows": rows, "steps": measure(rows, options.seed)} for rows in options.rows]
+    sizes = [{"rows": rows, **measure(rows, options.seed)} for rows in options.rows]
     result = {"hardware": hardware(), "seed": options.seed, "sizes": sizes}
     write_report(options.docs, "grow", result, page(result))
 
 
-def measure(rows: int, seed: int) -> list[dict[str, Any]]:
-    """CPU-seconds and recall of each step on a database of so many rows."""
+def measure(rows: int, seed: int) -> dict[str, Any]:
+    """CPU-seconds and recall of each step on a database of so many rows, and the share in their nearest list."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     vectors = images(mixture(seed), QUERIES + rows + int(ADDED[-1] * rows), seed)
     data = Data(vectors[QUERIES:], vectors[:QUERIES].copy(), rows)
     steps = [data.step("build", lambda: data.build("base", data.ids[:rows]))]
+    in_nearest_list = nearest_list_share(Database.open(f"{FOLDER}/base"), seed)
     for share in ADDED:
         ids = data.ids[rows : rows + int(share * rows)]
         folder = data.copy(f"add-{share}")
@@ -79,7 +82,16 @@ def measure(rows: int, seed: int) -> list[dict[str, Any]]:
         steps.append(data.step(name, lambda: data.build("again", data.ids), effort))
         halves = [data.build(f"half-{first}", data.ids[first:rows:2]).root for first in (0, 1)]
         steps.append(data.step("merge two halves", lambda: merge_databases(f"{FOLDER}/merged", halves)))
-    return steps
+    return {"steps": steps, "in_nearest_list": in_nearest_list}
+
+
+def nearest_list_share(database: Database, seed: int) -> float:
+    """The share of LIST_ROWS rows of a database of one partition that are in the list with the nearest centroid."""
+    partition = database.partitions[0]
+    offsets, centroids = partition.lists
+    rows = np.sort(np.random.default_rng(seed).permutation(len(partition))[:LIST_ROWS])
+    nearest = (partition.embeddings[rows].astype(np.float32) @ centroids.T).argmax(axis=1)
+    return float((nearest == np.searchsorted(offsets, rows, side="right") - 1).mean())
 
 
 @dataclass(frozen=True)
@@ -135,7 +147,7 @@ def table_of(ids: np.ndarray) -> pa.Table:
 
 
 def page(result: dict[str, Any]) -> str:
-    tables = "\n\n".join(f"## {size['rows']:,} rows\n\n{_table(size['steps'])}" for size in result["sizes"])
+    tables = "\n\n".join(map(_section, result["sizes"]))
     return f"""# Adding, deleting, merging
 
 Written by `make bench-grow` (each size is a run of its own: `ARGS="--rows 300000"`); the numbers are in `grow.json`.
@@ -156,6 +168,13 @@ What bounds an update: every partition with a new or deleted row is read and wri
 database of the same distribution visits more partitions than one that was built at once: build again if it is searched
 often.
 """
+
+
+def _section(size: dict[str, Any]) -> str:
+    lists = (
+        f"Of {LIST_ROWS:,} rows of the build, {size['in_nearest_list']:.2%} are in the list with the nearest centroid."
+    )
+    return f"## {size['rows']:,} rows\n\n{_table(size['steps'])}\n\n{lists}"
 
 
 def _table(steps: list[dict[str, Any]]) -> str:

@@ -135,7 +135,7 @@ def most_similar_centroids(vectors: AnyVectors, centroids: Vectors, nearest: int
 
 def near_centroids(vectors: AnyVectors, centroids: Vectors, nearest: int) -> tuple[Vectors, Numbers]:
     """As `most_similar_centroids` for a few nearest ones. On a CPU approximate where the centroids are many: of rows
-    and 8,192 centroids 0.9995 get their nearest one."""
+    and 8,192 centroids 0.999 get their nearest one (docs/grow.md)."""
     near = _near(len(vectors), centroids)
     return near.nearest(vectors, nearest) if near else most_similar_centroids(vectors, centroids, nearest)
 
