@@ -55,7 +55,6 @@ def opening(data: BenchmarkData, effort: Effort) -> dict[str, Any]:
     return {
         "seconds": round(statistics.median(opened for opened, _ in times), 4),
         "first_answer_seconds": round(statistics.median(first for _, first in times), 4),
-        "not_cached": True,
         "resident_bytes": resident,
         "mapped_bytes": statistics.median(mapped for _, mapped in memory),
         "vector_bytes": vectors,
