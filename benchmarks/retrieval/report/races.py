@@ -1,4 +1,4 @@
-"""The table of other sizes and seeds: our engine against ScaNN, the fastest method, and the fastest of little memory."""
+"""The table of other sizes and seeds: our engine against ScaNN, the fastest method, and the fastest with few bytes."""
 
 from itertools import groupby
 from typing import Any
