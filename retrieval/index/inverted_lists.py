@@ -65,7 +65,8 @@ def held_out(ids: Numbers) -> npt.NDArray[np.bool_]:
 
 
 def train_inverted_lists(rows: AnyVectors, seed: int, untrained: npt.NDArray[np.bool_] | None = None) -> InvertedLists:
-    """Index unit rows (n, dim). Peak memory besides the rows: a float32 copy of one block, and 0.2 KB a row.
+    """Index unit rows (n, dim). Memory besides the rows: the sample that trains, a float32 copy of one block, and while
+    they are packed the codes of all rows in two lists, twice.
 
     untrained: (n,) rows that are indexed but train nothing. It is ignored where too few rows would be left.
     """

@@ -85,7 +85,10 @@ def _search(result: dict[str, Any]) -> str:
         if rows:
             queries = "" if case.stream == "images" else "text queries, "
             parts += [f"**recall@{case.k} >= {target}, {queries}{title}**", _table(result, rows)]
-    parts += [f"Not measured: {name}: {reason}." for name, reason in result["search"]["missing"].items()]
+    missing = result["search"]["missing"]
+    for reason in dict.fromkeys(missing.values()):
+        names = "; ".join(name for name in missing if missing[name] == reason)
+        parts.append(f"Not measured ({reason}): {names}.")
     return "\n\n".join([*parts, _builds(result), *races_section(result["races"])])
 
 

@@ -282,18 +282,23 @@ def without(values, names: set[str]):
     return [without(value, names) for value in values] if isinstance(values, list) else values
 
 
-def test_experiments_of_a_version_without_descriptor_and_weights_have_both_pages(finished, tmp_path: Path):
+def pages_of(finished, stored: dict, folder: Path):
+    """The page of these experiments, as HTML, and as Markdown, which is written below a folder."""
     root, _, values = finished
-    earlier = without(values, {"descriptor", "accuracy_nearest", "content_and_style", "neighbor_weight"})
-    for row in earlier["unknown_styles"]["styles"] + earlier["tables"]["styles"]:
-        del row["retrieval"]
-    root.write_json(f"{STAGE}/paper.json", earlier)
+    root.write_json(f"{STAGE}/paper.json", stored)
     try:
         page = write_page(root, STAGE)
         html = root.local_path(f"{STAGE}/report.html").read_text()
     finally:
         root.write_json(f"{STAGE}/paper.json", values)
-    text = write_docs(root, page, tmp_path).read_text()
+    return page, html, write_docs(root, page, folder).read_text()
+
+
+def test_experiments_of_a_version_without_descriptor_and_weights_have_both_pages(finished, tmp_path: Path):
+    earlier = without(finished[2], {"descriptor", "accuracy_nearest", "content_and_style", "neighbor_weight"})
+    for row in earlier["unknown_styles"]["styles"] + earlier["tables"]["styles"]:
+        del row["retrieval"]
+    page, html, text = pages_of(finished, earlier, tmp_path)
     assert "neighbor_weight = 1" in default_line(page.results)
     assert "Nearest picture: the share" not in text
     assert "by pixels</th>" in html
@@ -301,19 +306,13 @@ def test_experiments_of_a_version_without_descriptor_and_weights_have_both_pages
 
 
 def test_the_distance_to_held_out_pictures_is_a_column_where_it_was_measured(finished, tmp_path: Path):
-    root, _, values = finished
+    values = finished[2]
     measured = json.loads(json.dumps(values))
     for row in measured["tables"]["modes"].values():
         row["kernel_distance_held_out"] = [7.1234, 7.1, 7.2]
     tables = []
     for stored in (without(values, {"kernel_distance_held_out"}), values, measured):
-        root.write_json(f"{STAGE}/paper.json", stored)
-        try:
-            page = write_page(root, STAGE)
-            html = root.local_path(f"{STAGE}/report.html").read_text()
-        finally:
-            root.write_json(f"{STAGE}/paper.json", values)
-        text = write_docs(root, page, tmp_path).read_text()
+        _, html, text = pages_of(finished, stored, tmp_path)
         assert ("7.123<br>" in html) == ("to held-out pictures</th>" in html) == (stored is measured)
         lines = text[text.index("| mode | accuracy | by pixels | by nearest picture | logit") :].split("\n\n")[0]
         tables.append(lines.splitlines())
