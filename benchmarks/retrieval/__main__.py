@@ -5,14 +5,15 @@ alternate with those of ScaNN. The results of a method are stored when it is fin
 continues an interrupted run; those of other hardware or other sources of our search are measured again. A run of all
 parts, by all methods or some (`--methods scann database ivf-flat fast-scan`), writes `docs/performance.json`, and from
 it `docs/performance.md` and the plot. Other sizes and seeds, and searches alone (`--rows 300000 --seed 1 --parts
-search`), are written to the scratch folder; the next run of all parts, or `--parts` without a name, adds them to the
-page as races.
+search`), of all cases or some (`--cases images-20`), are written to the scratch folder; the next run of all parts, or
+`--parts` without a name, adds them to the page as races.
 """
 
 import argparse
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from benchmarks.retrieval import engine, joins, scale
 from benchmarks.retrieval.catalog import BARE, BY_NAME, DATABASE, METHODS, NOT_MEASURED, SCANN, MethodSpec
 from benchmarks.retrieval.data import BenchmarkData, prepare
 from benchmarks.retrieval.report import report
-from benchmarks.retrieval.rounds import CASES, ROUNDS, TuningResult, best_setting, compare, tune
+from benchmarks.retrieval.rounds import CASES, ROUNDS, Case, TuningResult, best_setting, compare, tune
 from benchmarks.retrieval.workers import AdapterError, build, index_folder, open_workers
 from jobs.reporting.hardware import hardware
 from retrieval.kernel.library import library
@@ -47,8 +48,10 @@ def main() -> None:
     result: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     result |= {"hardware": hardware(), "rows": options.rows, "seed": options.seed, "rounds": ROUNDS, "builds": builds}
     sizes = SIZES if options.rows == FULL_ROWS else [options.rows]
+    cases = [case for case in CASES if case.name in options.cases]
+    built = [method for method in methods if method.name in builds]
     measurements = {
-        "search": lambda: measure_search(data, [method for method in methods if method.name in builds], failures),
+        "search": lambda: measure_search(data, built, failures, cases),
         "engine": lambda: measure_engine(data, result["search"]),
         "join": lambda: joins.measure(data, len(data.read("images"))),
         "scale": lambda: scale.measure(options.scratch, options.scale or sizes),
@@ -58,7 +61,8 @@ def main() -> None:
         result[part] = measurements[part]()
         write_atomically(record, json.dumps(result, indent=1) + "\n")
         print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
-    full = options.rows == FULL_ROWS and not options.seed and set(PARTS) <= result.keys()
+    whole = len(cases) == len(CASES) and set(PARTS) <= result.keys()
+    full = options.rows == FULL_ROWS and not options.seed and whole
     result["races"] = other_races(options.scratch, result)
     report.write(result, DOCS if full else options.scratch)
 
@@ -75,28 +79,32 @@ def build_all(data: BenchmarkData, methods: list[MethodSpec], threads: int) -> t
     return builds, failures
 
 
-def measure_search(data: BenchmarkData, methods: list[MethodSpec], failures: dict[str, str]) -> dict[str, Any]:
+def measure_search(
+    data: BenchmarkData, methods: list[MethodSpec], failures: dict[str, str], cases: Sequence[Case]
+) -> dict[str, Any]:
     """Recall and speed of every method, in rounds that alternate with those of the baseline."""
     left_out = {method.label: "not part of this run" for method in METHODS if method not in methods}
     missing = left_out | NOT_MEASURED | failures
     records = {}
     for method in sorted(methods, key=lambda method: method is not SCANN):
         try:
-            records[method.name] = measure_method(data, method, records)
+            records[method.name] = measure_method(data, method, records, cases)
         except AdapterError as error:
             missing[method.label] = str(error).strip().splitlines()[-1]
     return {
-        "points": {name: record["points"][CASES[0].name] for name, record in records.items()},
+        "points": {name: record["points"][cases[0].name] for name, record in records.items()},
         "chosen": [row for record in records.values() for row in record["chosen"]],
         "opened": {name: record["opened"] for name, record in records.items()},
         "missing": missing,
     }
 
 
-def measure_method(data: BenchmarkData, method: MethodSpec, records: dict[str, Any]) -> dict[str, Any]:
+def measure_method(
+    data: BenchmarkData, method: MethodSpec, records: dict[str, Any], cases: Sequence[Case]
+) -> dict[str, Any]:
     """The record of one method, which is read if it was measured before under the same conditions."""
     path = index_folder(data, method) / f"{method.name}.race.json"
-    current = conditions(method)
+    current = conditions(method) | {"cases": [case.name for case in cases]}
     if path.exists():
         stored: dict[str, Any] = json.loads(path.read_text())
         if stored.get("conditions") == current:
@@ -106,8 +114,8 @@ def measure_method(data: BenchmarkData, method: MethodSpec, records: dict[str, A
     with open_workers(pair, data) as workers:
         known = {name: _points(record) for name, record in records.items()}
         own = known.get(DATABASE.name) if method is BARE else None  # the same settings of the same index
-        points = known | {method.name: own or {case.name: tune(workers[0], case) for case in CASES}}
-        results = [result for case in CASES for result in compare(workers, points, case, SCANN.name)]
+        points = known | {method.name: own or {case.name: tune(workers[0], case) for case in cases}}
+        results = [result for case in cases for result in compare(workers, points, case, SCANN.name)]
         record: dict[str, Any] = {
             "conditions": current,
             "points": {case: [vars(point) for point in tuned] for case, tuned in points[method.name].items()},
@@ -166,11 +174,13 @@ def measure_engine(data: BenchmarkData, search_result: dict[str, Any]) -> dict[s
 
 
 def _options() -> argparse.Namespace:
+    names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval", description=__doc__)
     parser.add_argument("--rows", type=int, default=FULL_ROWS, help="database rows; 100000 for a quick trial")
     parser.add_argument("--seed", type=int, default=0, help="of the data set (default %(default)s)")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of data and indexes")
     parser.add_argument("--methods", nargs="*", choices=sorted(BY_NAME), help="only these (default: all)")
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, help="only these searches (default: all)")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="only these (default: all)")
     parser.add_argument("--scale", nargs="*", type=int, help="database sizes of the part `scale`")
     parser.add_argument("--threads", type=int, default=2, help="threads of the builds")

@@ -73,14 +73,14 @@ DATABASE = MethodSpec(
     "database",
     "Database.search (ours)",
     "benchmarks.retrieval.adapters.our_database:OurDatabase",
-    {"schema": 6},
+    {"schema": 7},
     _grid((1,), LISTS_PER_PARTITION, CANDIDATES_PER_RESULT),
 )
 BARE = MethodSpec(
     "bare",
     "its faiss call (ours)",
     "benchmarks.retrieval.adapters.our_database:BareIndex",
-    {"schema": 6},
+    {"schema": 7},
     DATABASE.efforts,
     index="database",
 )
@@ -88,7 +88,7 @@ CLUSTER = MethodSpec(
     "cluster",
     "on Ray (ours)",
     "benchmarks.retrieval.adapters.our_cluster:OurCluster",
-    {"schema": 6},
+    {"schema": 7},
     DATABASE.efforts,
     index="database",
 )

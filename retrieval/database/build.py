@@ -2,7 +2,7 @@
 
 - `centroids.npy`, of the partitions;
 - `partitions/<number>/`: `embeddings.npy` and `metadata.arrow`; with an index `index.faiss`; with our inverted lists
-  `lists.npy` and `list_centroids.npy`; with vectors of 8-bit numbers `bounds.npy`;
+  `lists.npy`, `list_centroids.npy` and `entries.npy`; with vectors of 8-bit numbers `bounds.npy`;
 - `manifest.json`, which is written last.
 """
 
@@ -32,6 +32,7 @@ from retrieval.index.inverted_lists import InvertedLists, held_out, train_invert
 from retrieval.index.kmeans import nearest_centroids, train_centroids
 from retrieval.index.rerank import CodedRows, JoinedRows, WrittenRows, stored_rows
 from retrieval.index.routing import AnyVectors, Numbers, Vectors, partition_folder
+from retrieval.kernel.mapped_lists import list_entries
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import take_rows
@@ -45,7 +46,7 @@ CENTROID_SAMPLE_ROWS = 1_000_000
 """Most rows that the partition centroids are trained on."""
 OWN_FILE = re.compile(
     r"centroids\.npy|((erased-|rewritten/)\w+/)?partitions/\d{5,}/"
-    r"(index\.faiss|(embeddings|bounds|lists|list_centroids)\.npy|metadata\.arrow)|pictures/merged-\d{5}\.tar"
+    r"(index\.faiss|(embeddings|bounds|lists|list_centroids|entries)\.npy|metadata\.arrow)|pictures/merged-\d{5}\.tar"
     r"|(rewritten/\w+/)?shuffle-\d{5,}\.arrow"
 )
 """Files that an interrupted build or merge leaves, relative to the folder of the database."""
@@ -265,6 +266,7 @@ def _write_lists(root: Root, folder: str, lists: InvertedLists) -> list[FileReco
         faiss.write_index(lists.index, str(pending.path))
     return [
         pending.record,
+        _write_vectors(root, f"{folder}/entries.npy", list_entries(lists.index)),
         _write_vectors(root, f"{folder}/lists.npy", lists.offsets),
         _write_vectors(root, f"{folder}/list_centroids.npy", lists.centroids),
     ]

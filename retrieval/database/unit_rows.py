@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from retrieval.errors import UserError
 from retrieval.index.routing import Vectors, unit
-from retrieval.kernel.half_floats import as_floats, as_halves
+from retrieval.kernel.conversions import as_floats, as_halves, as_units
 
 SAFE_LENGTHS = (1e-15, 1e15)
 """The square of a length in this range fits in float32."""
@@ -93,9 +93,9 @@ def unit_queries(queries: Any, dim: int, location: str) -> Vectors:
     else:
         with np.errstate(over="ignore"):
             floats = array.astype(np.float32)
+    if (units := as_units(floats)) is not None:
+        return units
     lengths = np.sqrt(np.einsum("ij,ij->i", floats, floats))
-    if len(lengths) == 1 and SAFE_LENGTHS[0] < (length := lengths.item()) < SAFE_LENGTHS[1]:
-        return floats / length
     if all(SAFE_LENGTHS[0] < length < SAFE_LENGTHS[1] for length in lengths.tolist()):
         return np.asarray(floats / lengths[:, None], np.float32)
     usable, units = unit_rows(array)

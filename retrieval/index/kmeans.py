@@ -14,7 +14,7 @@ import numpy as np
 from retrieval.index.near_centroids import NearCentroids
 from retrieval.index.routing import AnyVectors, Numbers, Vectors, unit
 from retrieval.kernel.centroid_ranking import CentroidRanking
-from retrieval.kernel.half_floats import as_floats
+from retrieval.kernel.conversions import as_floats
 
 ITERATIONS = 10
 MAX_SHARE = 2.0

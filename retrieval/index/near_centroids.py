@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from retrieval.index.routing import AnyVectors, Numbers, Vectors
 from retrieval.kernel.centroid_ranking import CentroidRanking
-from retrieval.kernel.half_floats import as_floats
+from retrieval.kernel.conversions import as_floats
 
 NEIGHBORS = 32
 """Centroids that `nearer` compares a row with: the nearest ones of its present centroid, itself included."""

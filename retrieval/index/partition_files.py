@@ -1,9 +1,8 @@
 """The files of one partition, opened on first use and shared by all databases that hide different rows of it.
 
 Reads `index.faiss`, `embeddings.npy`, `metadata.arrow` and the lists of a partition; vectors and metadata as memory
-maps. Searches rank by the mapped vectors, without a copy of them; the compiled library also maps the codes of the
-index. A flat partition has no `index.faiss`: a search compares the mapped vectors. Vectors of 8-bit numbers have their
-bounds in `bounds.npy`.
+maps. Searches rank by the mapped vectors, the compiled library also maps the codes. A flat partition has no
+`index.faiss`: a search compares all vectors. Vectors of 8-bit numbers have their bounds in `bounds.npy`.
 """
 
 import mmap
@@ -89,22 +88,28 @@ def _mapped(path: Path, dtype: np.dtype[Any], dim: int) -> npt.NDArray[Any]:
 
 def _load_offsets(path: Path) -> Numbers:
     """The offsets of lists, (lists + 1,). Raises ValueError unless they are int64, at least 2, and ascend from 0."""
-    offsets = np.load(path, allow_pickle=False)
-    if offsets.dtype != np.int64 or offsets.ndim != 1 or len(offsets) < 2:
-        raise ValueError(f"{offsets.dtype} {offsets.shape}, expected int64 (lists + 1,)")
+    offsets = _load_numbers(path)
     if offsets[0] or (np.diff(offsets) < 0).any():
         raise ValueError("they do not ascend from 0")
-    return np.asarray(offsets)
+    return offsets
+
+
+def _load_numbers(path: Path) -> Numbers:
+    """The numbers in a .npy file. Raises ValueError unless they are int64 (n,), at least 2."""
+    numbers: Numbers = load_array(path)
+    if numbers.dtype != np.int64 or numbers.ndim != 1 or len(numbers) < 2:
+        raise ValueError(f"{numbers.dtype} {numbers.shape}, expected int64 (n,) with n > 1")
+    return numbers
 
 
 def _load_bounds(path: Path) -> Vectors:
     """The bounds of `CodedRows`, (2, dim). Raises ValueError unless they are those of unit vectors."""
-    bounds = np.load(path, allow_pickle=False)
+    bounds: Vectors = load_array(path)
     if bounds.dtype != np.float32 or bounds.ndim != 2 or len(bounds) != 2:
         raise ValueError(f"{bounds.dtype} {bounds.shape}, expected float32 (2, dim)")
     if not (np.abs(bounds) < MAX_BOUND).all() or (bounds[0] > bounds[1]).any():
         raise ValueError("they are no bounds of unit vectors")
-    return np.asarray(bounds)
+    return bounds
 
 
 def _map_table(path: Path) -> pa.Table:
@@ -243,10 +248,11 @@ class PartitionFiles:
     @cached_property
     def _mapped_index(self) -> MappedIndex | None:
         """The index with its entries in the file, for the compiled library."""
-        if not self.has_own_lists or not isinstance(self.embeddings, np.ndarray) or library() is None:
+        has_entries = self.has_own_lists and self._files.exists(f"{self._folder}/entries.npy")  # not in old databases
+        if not has_entries or not isinstance(self.embeddings, np.ndarray) or library() is None:
             return None
-        lists = len(self._offsets) - 1
-        return self._load("index.faiss", lambda path: map_index(path, lists))
+        lists, numbers = len(self._offsets) - 1, self._load("entries.npy", _load_numbers)
+        return self._load("index.faiss", lambda path: map_index(path, lists, numbers))
 
     @cached_property
     def _core(self) -> Any:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.top_k import TopK, empty_top_k, merge_top_k, top_k
-from retrieval.kernel.half_floats import as_floats
+from retrieval.kernel.conversions import as_floats
 from retrieval.storage.temp_folders import temporary_folder
 
 MIN_BLOCK_NUMBERS = 64_000

@@ -167,6 +167,11 @@ class GraphWalk {
         return {first + lists_.level_links[level], first + lists_.level_links[level + 1]};
     }
 
+    void fetch_links(int32_t list) const {
+        auto [first, end] = links(list, 0);
+        fetch(first, (end - first) * sizeof(*first));
+    }
+
     // Moves to the nearest list of a level.
     void descend(BeamList& nearest, int64_t level) const {
         for (int32_t start = -1; start != nearest.list;) {
@@ -200,6 +205,7 @@ class GraphWalk {
                 if (!enters) continue;
                 beam_.pop_back();
             }
+            fetch_links(value.list); // which are followed soon
             auto place = std::upper_bound(beam_.begin(), beam_.end(), value);
             first = std::min(first, size_t(place - beam_.begin()));
             beam_.insert(place, value);

@@ -11,15 +11,21 @@
 
 namespace {
 
-// Asks for bytes in advance.
+// Asks for bytes in advance. They come to the second cache, which waits for more of them at once than the first.
 void fetch(const void* start, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(start) + i, _MM_HINT_T0);
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(start) + i, _MM_HINT_T1);
 }
 
 float sum(__m256 values) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+float smallest(__m256 values) {
+    __m128 half = _mm_min_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    half = _mm_min_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_min_ss(half, _mm_movehdup_ps(half)));
 }
 
 // Eight numbers of a row, and one.
@@ -52,13 +58,18 @@ float inner_product(const float* query, const uint16_t* row, int64_t dim) {
 class RoundedQuery {
   public:
     void set(const float* query, int64_t dim) {
-        float largest = 1e-30f;
-        for (int64_t i = 0; i < dim; ++i) largest = std::max(largest, std::abs(query[i]));
+        const float largest = largest_size(query, dim), scale = 127 / largest;
         unit = largest / 127;
         numbers_.resize(dim);
         sizes_.resize(dim);
-        for (int64_t i = 0; i < dim; ++i) {
-            numbers_[i] = int8_t(std::lrint(query[i] * (127 / largest)));
+        int64_t i = 0;
+        for (; i + 32 <= dim; i += 32) {
+            const __m256i numbers = rounded(query + i, scale);
+            _mm256_storeu_si256((__m256i*)&numbers_[i], numbers);
+            _mm256_storeu_si256((__m256i*)&sizes_[i], _mm256_abs_epi8(numbers));
+        }
+        for (; i < dim; ++i) {
+            numbers_[i] = int8_t(std::lrint(query[i] * scale));
             sizes_[i] = uint8_t(std::abs(numbers_[i]));
         }
     }
@@ -84,6 +95,28 @@ class RoundedQuery {
     float unit = 0; // of the numbers
 
   private:
+    // The largest absolute value, at least 1e-30.
+    static float largest_size(const float* query, int64_t dim) {
+        __m256 negative = _mm256_setzero_ps(); // of the largest sizes
+        const __m256 sign = _mm256_set1_ps(-0.f);
+        int64_t i = 0;
+        for (; i + 8 <= dim; i += 8)
+            negative = _mm256_min_ps(negative, _mm256_or_ps(sign, _mm256_loadu_ps(query + i)));
+        float largest = std::max(1e-30f, -smallest(negative));
+        for (; i < dim; ++i) largest = std::max(largest, std::abs(query[i]));
+        return largest;
+    }
+
+    // 32 numbers times a scale, as whole numbers.
+    static __m256i rounded(const float* query, float scale) {
+        __m256i parts[4];
+        for (int64_t j = 0; j < 4; ++j)
+            parts[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(query + 8 * j), _mm256_set1_ps(scale)));
+        const __m256i low = _mm256_packs_epi32(parts[0], parts[1]), high = _mm256_packs_epi32(parts[2], parts[3]);
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); // packing mixes the halves
+        return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    }
+
     // Sums of 4 products of numbers from i on, for 32 of them.
     __m256i products(const int8_t* row, int64_t i) const {
         const __m256i signed_row = _mm256_sign_epi8(
@@ -95,11 +128,5 @@ class RoundedQuery {
     std::vector<int8_t> numbers_;
     std::vector<uint8_t> sizes_; // their absolute values
 };
-
-float smallest(__m256 values) {
-    __m128 half = _mm_min_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
-    half = _mm_min_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_min_ss(half, _mm_movehdup_ps(half)));
-}
 
 } // namespace

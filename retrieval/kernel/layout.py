@@ -140,16 +140,22 @@ def check_graph(graph: Any, count: int) -> None:
 
 def check_ids(pointers: ListPointers, rows: int) -> None:
     """Raises ValueError unless all ids of the lists are in [0, rows)."""
-    sizes = pointers.sizes
-    if sizes.max(initial=0) >= MAX_LIST_ROWS:
-        raise ValueError(f"a list has {sizes.max():,} rows, expected fewer than {MAX_LIST_ROWS:,}")
-    ids = np.empty(sizes.sum(), np.int64)
-    start = ids.ctypes.data
-    for address, size in zip(pointers.ids.tolist(), sizes.tolist(), strict=True):
-        ctypes.memmove(start, address, 8 * size)
-        start += 8 * size
+    most = pointers.sizes.max(initial=0)
+    if most >= MAX_LIST_ROWS:
+        raise ValueError(f"a list has {most:,} rows, expected fewer than {MAX_LIST_ROWS:,}")
+    ids = ids_of(pointers)
     if ((ids < 0) | (ids >= rows)).any():
         raise ValueError(f"ids of its lists are not in [0, {rows:,})")
+
+
+def ids_of(pointers: ListPointers) -> npt.NDArray[np.int64]:
+    """A copy of the ids of all lists, (entries,)."""
+    ids = np.empty(pointers.sizes.sum(), np.int64)
+    start = ids.ctypes.data
+    for address, size in zip(pointers.ids.tolist(), pointers.sizes.tolist(), strict=True):
+        ctypes.memmove(start, address, 8 * size)
+        start += 8 * size
+    return ids
 
 
 def check_centroids(codes: Any) -> None:

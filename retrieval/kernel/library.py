@@ -48,6 +48,7 @@ def library() -> ctypes.CDLL | None:
     loaded.encode.argtypes = (pointer, number, pointer, pointer, pointer, number)
     for convert in (loaded.to_floats, loaded.to_halves):
         convert.argtypes, convert.restype = (pointer, number, pointer), None
+    loaded.to_units.argtypes = (pointer, number, number, pointer)
     loaded.count_visible.argtypes, loaded.count_visible.restype = (pointer, pointer, pointer, pointer), None
     loaded.copy_visible.argtypes, loaded.copy_visible.restype = (pointer, pointer, pointer), None
     return loaded

@@ -1,6 +1,6 @@
 // Searches the inverted lists of faiss.IndexIVFPQFastScan for single queries, and ranks the candidates by float16 rows.
 // For builds it ranks the centroids nearest to rows (centroid_ranking.h), computes codes (row_codes.h) and
-// converts numbers (half_floats.h).
+// converts numbers and rows (conversions.h).
 //
 // Reads packed 4-bit codes and rows in mapped files, and copies of the ids and of the graph over centroids. It works
 // as faiss does, but walks by 8-bit centroids, leaves out lists and candidates that probably are no neighbors, and
@@ -14,7 +14,7 @@
 #include "few_rows.h"
 #include "filtered_lists.h"
 #include "graph_walk.h"
-#include "half_floats.h"
+#include "conversions.h"
 #include "inner_products.h"
 #include "lists.h"
 #include "ranking.h"
@@ -31,6 +31,7 @@ namespace {
 
 constexpr int64_t QUERIES_AT_ONCE = 4; // or rows that a thread takes from a batch
 constexpr int64_t FIRST_LISTS = 8;     // that a walk finds at first; twice as many each time that they do not suffice
+constexpr size_t CENTROIDS_AHEAD = 4; // of lists that are fetched before they are compared exactly
 constexpr int64_t SPARE_CANDIDATES = 32; // that are sorted at first in addition to 2 for each result
 
 // What a thread needs while it searches. It is kept for the next queries.
@@ -120,7 +121,8 @@ class Search {
         const size_t scanned = visits.size();
         for (size_t i = 0; i < beam.size(); ++i) {
             if (beam[i].visited) continue;
-            if (i + 2 < beam.size() && !compares_lists()) fetch(centroid(beam[i + 2].list), 2 * lists_.dim);
+            if (i + CENTROIDS_AHEAD < beam.size() && !compares_lists())
+                fetch(centroid(beam[i + CENTROIDS_AHEAD].list), 2 * lists_.dim);
             visits.push_back({similarity(beam[i]), int32_t(i)});
         }
         std::sort(visits.begin() + scanned, visits.end());
@@ -296,5 +298,12 @@ int rank_centroids(const Centroids* centroids, int64_t count, int64_t is_rounded
 // Converts numbers (count,), each way.
 void to_floats(const uint16_t* values, int64_t count, float* results) { convert(values, count, results); }
 void to_halves(const float* values, int64_t count, uint16_t* results) { convert(values, count, results); }
+
+// Writes rows (count, dim) divided by their lengths. Returns whether all lengths are in the range of `to_unit`.
+int to_units(const float* rows, int64_t count, int64_t dim, float* units) {
+    for (int64_t i = 0; i < count; ++i)
+        if (!to_unit(rows + i * dim, dim, units + i * dim)) return 0;
+    return 1;
+}
 
 } // extern "C"

@@ -12,6 +12,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from retrieval.kernel.conversions import address
 from retrieval.kernel.layout import CODE_VALUES, ListPointers, checked_pointers, is_searchable
 from retrieval.kernel.leading import LeadingCentroids, leading_directions
 from retrieval.kernel.library import library
@@ -24,8 +25,6 @@ MAX_SETTINGS = 256
 END_SAMPLE, END_QUANTILE = 256, 0.27
 """Searches that end at a fixed distance reach the recall of those that end after a fixed number of lists if about a
 quarter of the latter end nearer. Measured for recalls of 0.95 and 0.99."""
-Start = ctypes.c_byte * 0
-"""The address of a writable array: `from_buffer` takes a third of the time of `array.ctypes`."""
 
 Vectors = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
@@ -139,8 +138,7 @@ class ListSearch:
             raise ValueError(f"queries have {units.shape[1]} dimensions, the vectors have {self._dim}")
         similarities: Any = np.empty((len(queries), k), np.float32)
         rows: Any = np.empty((len(queries), k), np.int64)
-        start = Start.from_buffer(units) if units.flags.writeable else units.ctypes.data
-        arrays = start, Start.from_buffer(similarities), Start.from_buffer(rows)
+        arrays = address(units), address(similarities), address(rows)
         if self._search(lists, settings, len(queries), *arrays, threads(queries)):
             raise MemoryError
         return similarities, rows

@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t ROWS_AHEAD = 4;     // rows that are fetched before they are ranked
+constexpr int64_t ROWS_AHEAD = 8;     // rows that are fetched before they are ranked
 constexpr int64_t ROWS_AT_ONCE = 8;   // that are ranked before it may end
 constexpr float ERROR_DEVIATIONS = 4; // a candidate is ranked if an error so far above the mean makes it a neighbor
 

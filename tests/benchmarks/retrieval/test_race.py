@@ -8,6 +8,7 @@ import pytest
 from benchmarks.retrieval import __main__ as race
 from benchmarks.retrieval.catalog import DATABASE, SCANN, MethodSpec
 from benchmarks.retrieval.data import BenchmarkData
+from benchmarks.retrieval.rounds import CASES
 from benchmarks.retrieval.workers import AdapterError, index_folder
 
 
@@ -22,17 +23,17 @@ def test_a_stored_race_of_other_conditions_is_measured_again(
     data = BenchmarkData(tmp_path)
     path = index_folder(data, method) / f"{method.name}.race.json"
     path.parent.mkdir()
-    current = race.conditions(method)
+    current = race.conditions(method) | {"cases": [CASES[0].name]}
     assert ("sources" in current) == (method is DATABASE)
     path.write_text(json.dumps({"conditions": current}))
-    assert race.measure_method(data, method, {}) == {"conditions": current}
+    assert race.measure_method(data, method, {}, CASES[:1]) == {"conditions": current}
     for name in current:
         path.write_text(json.dumps({"conditions": current | {name: "another"}}))
         with pytest.raises(AdapterError, match="measured again"):
-            race.measure_method(data, method, {})
+            race.measure_method(data, method, {}, CASES[:1])
     path.write_text(json.dumps({"points": {}}))
     with pytest.raises(AdapterError, match="measured again"):
-        race.measure_method(data, method, {})
+        race.measure_method(data, method, {}, CASES[:1])
 
 
 def test_other_races_are_those_of_the_page_and_of_the_records_without_its_own_size(

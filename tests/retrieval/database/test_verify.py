@@ -20,7 +20,7 @@ def test_a_whole_database_has_no_damage(build: Build, vectors: Vectors) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "settings", "count"), [(300, {"rows_per_partition": 200}, 5), (1200, {"flat_rows": 1000}, 6)]
+    ("rows", "settings", "count"), [(300, {"rows_per_partition": 200}, 5), (1200, {"flat_rows": 1000}, 7)]
 )
 def test_one_flipped_bit_in_any_file_is_found(
     build: Build, vectors: Vectors, rows: int, settings: dict[str, int], count: int

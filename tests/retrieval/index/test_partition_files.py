@@ -121,7 +121,7 @@ def test_opening_a_search_asks_once_for_each_file(in_lists: Database, monkeypatc
     assert len(files.lists[0]) == files.num_lists + 1
     _ = files.list_search
     _ = files.embeddings
-    assert sorted(asked) == ["embeddings.npy", "index.faiss", "list_centroids.npy", "lists.npy"]
+    assert sorted(asked) == ["embeddings.npy", "entries.npy", "index.faiss", "list_centroids.npy", "lists.npy"]
 
 
 def test_threads_open_the_search_of_an_index_once(in_lists: Database, monkeypatch: pytest.MonkeyPatch) -> None:

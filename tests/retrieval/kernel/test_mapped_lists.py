@@ -1,6 +1,7 @@
 """The codes of inverted lists stay in their file, and a file whose lists do not fit is refused."""
 
 import ctypes
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from retrieval import Database
+from retrieval import Database, Effort, Root
+from retrieval.file_cache import FileCache
 from retrieval.index.inverted_lists import train_inverted_lists
+from retrieval.index.partition import Partition
 from retrieval.index.routing import Vectors
 from retrieval.kernel.layout import ListPointers, list_pointers
-from retrieval.kernel.mapped_lists import SIZES, map_index
+from retrieval.kernel.mapped_lists import SIZES, list_entries, map_index
 from tests.retrieval.conftest import clustered
 
 pytestmark = pytest.mark.usefixtures("compiled_library")
@@ -61,7 +64,7 @@ def mapping_of(address: int) -> list[str]:
 
 
 def test_mapped_lists_are_those_that_faiss_reads(index: Any, path: Path) -> None:
-    mapped = map_index(path, index.nlist)
+    mapped = map_index(path, index.nlist, list_entries(index))
     assert mapped is not None
     block_bytes = index.M2 * 16
     assert entries(mapped.pointers, block_bytes) == entries(list_pointers(index), block_bytes)
@@ -115,10 +118,10 @@ def with_decoy(content: bytes, start: int) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (cut, "of codes at byte"),
+        (cut, "its lists end at byte"),
         (longer, "its lists end at byte"),
-        (set_number(SIZES.size, 1 << 62), "goes beyond the end of the file"),
-        (set_number(SIZES.size - 8, 512), "has 256 bytes of codes"),
+        (set_number(SIZES.size - 8, 512), "its lists end at byte"),
+        (set_number(SIZES.size - 8, (1 << 64) - 8), "its lists end at byte"),
         (with_decoy, "it has lists at byte .*, expected the first at byte"),
     ],
 )
@@ -128,12 +131,43 @@ def test_lists_that_do_not_fit_their_file_are_refused(
     content = path.read_bytes()
     path.write_bytes(change(content, content.index(b"ilbl")))
     with pytest.raises(ValueError, match=message):
-        map_index(path, index.nlist)
+        map_index(path, index.nlist, list_entries(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entries, lists: entries[:lists], "no entries of .* lists"),
+        (lambda entries, lists: entries[:-1], "no entries of .* lists"),
+        (lambda entries, lists: np.append(entries, 0), "no entries of .* lists"),
+        (lambda entries, lists: np.insert(entries[1:], 0, -1), "no entries of .* lists"),
+        (lambda entries, lists: np.insert(entries[1:], 1, 1 << 40), "no entries of .* lists"),
+        (lambda entries, lists: np.concatenate([np.zeros(lists, np.int64), entries[lists:]]), "its lists end at byte"),
+    ],
+)
+def test_entries_that_do_not_fit_the_lists_are_refused(
+    index: Any, path: Path, change: Callable[[Any, int], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        map_index(path, index.nlist, change(list_entries(index), index.nlist))
+
+
+def test_a_partition_without_entries_is_searched_in_memory(
+    in_lists: Database, queries: Vectors, tmp_path: Path
+) -> None:
+    root = Root(shutil.copytree(in_lists.root.local_path(""), tmp_path / "copy"))
+    root.delete("partitions/00000/entries.npy")
+    partition = Partition.open(FileCache(root), "partitions/00000", in_lists.dim, np.empty(0, np.int64))
+    effort = Effort(1, 2, 4)
+    for found, expected in zip(partition.search(queries, 9, effort), in_lists.partitions[0].search(queries, 9, effort)):
+        np.testing.assert_array_equal(found, expected)
+    assert partition.files._mapped_index is None
 
 
 def test_lists_of_another_kind_or_number_are_not_mapped(index: Any, path: Path, tmp_path: Path) -> None:
-    assert map_index(path, index.nlist - 1) is None
+    entries = list_entries(index)
+    assert map_index(path, index.nlist - 1, entries) is None
     other = faiss.index_factory(32, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT)
     other.train(clustered(200, seed=1))
     faiss.write_index(other, str(tmp_path / "other.faiss"))
-    assert map_index(tmp_path / "other.faiss", 4) is None
+    assert map_index(tmp_path / "other.faiss", 4, entries) is None

@@ -1,11 +1,11 @@
-"""Conversions of float16 by the compiled library against those of NumPy."""
+"""Conversions by the compiled library against those of NumPy."""
 
 import ctypes
 
 import numpy as np
 import pytest
 
-from retrieval.kernel.half_floats import as_floats, as_halves
+from retrieval.kernel.conversions import as_floats, as_halves, as_units
 
 
 def test_every_float16_becomes_the_same_float32(compiled_library: ctypes.CDLL) -> None:
@@ -29,3 +29,20 @@ def test_rows_apart_in_memory_and_other_numbers_are_converted_too(compiled_libra
         assert as_floats(values[::2], out) is out
         np.testing.assert_array_equal(out, halves[::2].astype(np.float32))
     np.testing.assert_array_equal(as_halves(rows[:, ::2]), halves[:, ::2])
+
+
+@pytest.mark.parametrize("dim", [1, 7, 32, 67])
+def test_rows_get_the_length_1_also_where_they_are_read_only(compiled_library: ctypes.CDLL, dim: int) -> None:
+    rows = np.random.default_rng(dim).standard_normal((3, dim)).astype(np.float32) * np.float32(7)
+    expected = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows.flags.writeable = False
+    np.testing.assert_allclose(as_units(rows), expected, rtol=1e-6)
+    np.testing.assert_array_equal(as_units(rows[1:2]), as_units(rows)[1:2])
+
+
+@pytest.mark.parametrize("value", [0, 1e-20, 1e20, np.inf, np.nan])
+def test_rows_of_no_or_of_extreme_length_are_left_to_numpy(compiled_library: ctypes.CDLL, value: float) -> None:
+    rows = np.ones((3, 40), np.float32)
+    rows[1] = value
+    assert as_units(rows) is None
+    assert as_units(np.ones((4, 40), np.float32)[:, ::2]) is None
