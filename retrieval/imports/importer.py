@@ -148,7 +148,9 @@ def shuffled(folder: Root, tables: Iterable[pa.Table], centroids: Vectors) -> Ge
 
 
 def require_free(folder: Root) -> None:
-    """Raises UserError for a folder that contains other files and no database."""
+    """Raises UserError for a file, and for a folder that contains other files and no database."""
+    if folder.is_file(""):
+        raise UserError(f"{folder.url} is a file. Name a folder for the database.")
     if folder.exists("manifest.json") and "encoder" in read_manifest(folder, "").values:
         return
     kept = (*KEPT_BY_BUILDS, f"{LEASES}/")

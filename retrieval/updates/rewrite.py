@@ -19,6 +19,7 @@ import pyarrow as pa
 from retrieval.database.build import write_listed_partition, write_partition
 from retrieval.database.coverage import COPY_SIMILARITY
 from retrieval.database.database import Database
+from retrieval.database.stored_manifest import database_manifest
 from retrieval.errors import UserError
 from retrieval.index.inverted_lists import update_inverted_lists
 from retrieval.index.partition import Partition
@@ -45,6 +46,7 @@ def opened_for_update(root: Root) -> Iterator[Database]:
     """All rows of the database at a root. Raises UserError while another process updates it, and until an
     erasure that has begun there has ended.
     """
+    database_manifest(root)  # raises before the lease makes a folder
     with lease(root, "update"):
         refuse_erasure(root)
         yield Database.open(root).with_all_rows().for_passes()
@@ -125,10 +127,12 @@ def publish(database: Database, records: Sequence[ShardRecord], left_out: Mappin
 
 
 def delete_other_files(root: Root, manifests: Sequence[Manifest]) -> None:
-    """Delete the files of partitions that none of these manifests names, and unfinished files of killed updates."""
+    """Delete the files of partitions that none of these manifests names, and what killed updates left."""
     named = {name.removeprefix(f"{manifest.stage}/") for manifest in manifests for name in manifest.checksums()}
     root.delete_files(name for name in root.list("") if PARTITION_FILE.fullmatch(name) and name not in named)
-    root.delete_partial_files(FOLDER)
+    for folder in (FOLDER, "pictures"):
+        root.delete_partial_files(folder)
+    root.delete_empty_folders(FOLDER)
 
 
 def _digest(partition: str, deleted: npt.NDArray[np.int64], added: pa.Table) -> str:

@@ -213,6 +213,24 @@ def test_files_of_the_database_before_stay_until_the_next_update(
     assert len(root.list("", "embeddings.npy")) == 1
 
 
+def test_updates_leave_no_empty_folders_and_no_unfinished_files(copied: Callable[[str], Root]) -> None:
+    root = copied("partitions")
+    root.write_bytes("pictures/00000.tar", bytes(10240))
+    killed = root.local_path("pictures/.partial-0-00000.tar")
+    killed.write_bytes(b"of a killed deletion")
+    for number in range(3):
+        delete_from_database(root, [1000 + number])
+    assert not killed.exists()
+    rewritten = [path for path in root.local_path("rewritten").rglob("*") if path.is_dir()]
+    assert [path for path in rewritten if not any(path.iterdir())] == []
+
+
+def test_an_update_of_no_database_makes_no_folder(tmp_path: Path, new_rows: Vectors) -> None:
+    with pytest.raises(UserError, match=r"is no database: it has no manifest\.json"):
+        add(Root(tmp_path / "nowhere"), new_rows)
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_rows_with_the_id_of_an_earlier_row_are_left_out_and_counted(
     copied: Callable[[str], Root], vectors: Vectors, new_rows: Vectors
 ) -> None:
