@@ -92,6 +92,14 @@ def test_a_build_that_is_killed_in_the_shuffle_is_replaced_by_the_next(
     assert not [*(tmp_path / "db").glob("shuffle*")]
 
 
+def test_texts_of_another_length_are_refused_before_the_build(tmp_path: Path) -> None:
+    build_database(tmp_path / "db", clustered(20, seed=1), encoder=IDENTITY)
+    source = VectorSource(clustered(30, seed=2), text_queries=np.ones((3, DIM + 1)))
+    with pytest.raises(UserError, match=rf"must be \(n, {DIM}\), got \(3, {DIM + 1}\)"):
+        build_database(tmp_path / "db", source, encoder=IDENTITY)
+    assert len(Database.open(str(tmp_path / "db"))) == 20  # the earlier database
+
+
 def test_a_database_inside_its_source_is_an_error(tmp_path: Path) -> None:
     np.save(tmp_path / "0.npy", clustered(30, seed=1))
     with pytest.raises(UserError, match=r"db is inside of .*Name a folder outside of it"):

@@ -454,7 +454,10 @@ def test_databases_that_cannot_be_merged_are_refused(tmp_path: Path, vectors: Ve
     assert not (tmp_path / "merged/manifest.json").exists()
 
 
-def test_two_updates_at_the_same_time_are_refused(copied: Callable[[str], Root], new_rows: Vectors) -> None:
+def test_two_updates_or_builds_at_the_same_time_are_refused(copied: Callable[[str], Root], new_rows: Vectors) -> None:
     root = copied("partitions")
-    with opened_for_update(root), pytest.raises(UserError, match="Only one process at a time may write there"):
-        add(root, new_rows)
+    with opened_for_update(root):
+        with pytest.raises(UserError, match="Only one process at a time may write there"):
+            add(root, new_rows)
+        with pytest.raises(UserError, match="Only one process at a time may write there"):
+            build_database(root, new_rows, encoder=IDENTITY)
