@@ -145,7 +145,7 @@ class Root:
         """
         with suppress(FileNotFoundError), self._store_errors(folder):
             for file in object_store.listed_files(self.fs, self.url, self._base, folder, splits):
-                if "/.partial-" not in file.name:
+                if "/.partial-" not in f"/{file.name}":
                     yield file
 
     def version(self, name: str) -> str:

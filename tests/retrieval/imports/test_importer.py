@@ -85,11 +85,12 @@ def test_a_build_that_is_killed_in_the_shuffle_is_replaced_by_the_next(
     (tmp_path / "db/notes.txt").write_text("mine")
     (tmp_path / "db/manifest.json").unlink()
     (tmp_path / "db/shuffle-00000.arrow").write_bytes(b"of a build that was killed")
+    (tmp_path / "db/.partial-0-manifest.json").write_bytes(b"of a build that was killed at its end")
     with pytest.raises(UserError, match=r"contains notes\.txt and is not a database"):
         build_database(root, folder, encoder=IDENTITY, config=CONFIG)
     (tmp_path / "db/notes.txt").unlink()
     assert len(build_database(root, folder, encoder=IDENTITY, config=CONFIG)) > 400
-    assert not [*(tmp_path / "db").glob("shuffle*")]
+    assert not [*(tmp_path / "db").glob("shuffle*"), *(tmp_path / "db").glob(".partial*")]
 
 
 def test_texts_of_another_length_are_refused_before_the_build(tmp_path: Path) -> None:
