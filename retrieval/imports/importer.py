@@ -27,6 +27,7 @@ from retrieval.database.build import (
 )
 from retrieval.database.calibration import recalibrate
 from retrieval.database.database import Database
+from retrieval.database.stored_calibration import FOLDER as CALIBRATION_FOLDER
 from retrieval.database.unit_rows import unit_queries
 from retrieval.errors import UserError
 from retrieval.imports.readers import CLIP_RETRIEVAL, read_source_blocks, read_text_queries
@@ -164,7 +165,8 @@ def require_free(folder: Root) -> None:
         raise UserError(f"{folder.url} is a file. Name a folder for the database.")
     if folder.exists("manifest.json") and "encoder" in read_manifest(folder, "").values:
         return
-    kept = (*KEPT_BY_BUILDS, f"{LEASES}/")
+    # A killed build leaves these beside its own files.
+    kept = (*KEPT_BY_BUILDS, f"{LEASES}/", f"{CALIBRATION_FOLDER}/", "README.md")
     own = (name for name in folder.list("") if OWN_FILE.fullmatch(name) or name.startswith(kept))
     if others := sorted(set(folder.list("")) - set(own)):
         raise UserError(f"{folder.url} contains {others[0]} and is not a database: name another folder")

@@ -15,6 +15,7 @@ import pytest
 from retrieval import Database, Root, UserError
 from retrieval.database import build
 from retrieval.database.build import DatabaseIdentity, write_database
+from retrieval.database.calibration import recalibrate
 from retrieval.imports import importer, readers
 from retrieval.imports.importer import build_database
 from retrieval.imports.source import VectorSource
@@ -83,6 +84,8 @@ def test_a_build_that_is_killed_in_the_shuffle_is_replaced_by_the_next(
     root = Root(tmp_path / "db")
     build_database(root, clustered(20, seed=1), encoder=IDENTITY, config=CONFIG)
     (tmp_path / "db/notes.txt").write_text("mine")
+    (tmp_path / "db/README.md").write_text("the card of the database")
+    recalibrate(root, np.ones((2, DIM)), "texts")
     (tmp_path / "db/manifest.json").unlink()
     (tmp_path / "db/shuffle-00000.arrow").write_bytes(b"of a build that was killed")
     (tmp_path / "db/.partial-0-manifest.json").write_bytes(b"of a build that was killed at its end")
