@@ -4,12 +4,14 @@ Exit codes: 0; 1 if `verify` found damage or no signature; 2 for a UserError, pr
 """
 
 import json
+import logging
 import math
 import os
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -291,11 +293,24 @@ COMMANDS = {
 }
 
 
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Print the steps of builds, updates and calibrations to stderr, which can take hours."""
+    log, handler = logging.getLogger("database"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "laion-rdm") -> int:
     """Run one command and return the exit code. prog: the program's name in the help text."""
     arguments = make_parser(prog, COMMANDS).parse_args(argv)
     try:
-        with extras_named():
+        with extras_named(), _progress():
             return int(arguments.run(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ is read and built.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Generator, Iterable
 
@@ -44,6 +45,8 @@ from retrieval.storage.lease import lease
 from retrieval.storage.listing import is_hidden
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
+
+log = logging.getLogger("database")
 
 ROWS_PER_GROUP = 250_000
 """Rows in a shuffle file, which are held in memory: 0.4 GB at 768 dimensions, a quarter of a usual partition."""
@@ -96,6 +99,7 @@ def build_database(
 
 
 def _build(parent: Root, name: str, rows: SourceRows, encoder: EncoderIdentity, config: IndexConfig) -> None:
+    log.info("%s: %d usable rows, reading a sample", name, len(rows.ids))
     sample, digest = _sample_and_digest(rows, config.seed)
     values: dict[str, object] = {"changed_values": rows.changed} if rows.changed else {}
     identity = DatabaseIdentity(name, {"source": digest}, rows.reasons, values)

@@ -6,6 +6,7 @@ Nothing is trained, unless a partition gets or loses its lists, or a centroid wo
 """
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import Root
 from retrieval.updates.kept_calibration import kept_calibration
+
+log = logging.getLogger("database")
 
 FOLDER = "rewritten"
 PARTITION_FILE = re.compile(rf"((erased-|{FOLDER}/)\w+/)?(partitions/.*|shuffle-\d+\.arrow)")
@@ -94,6 +97,7 @@ def rewrite_partition(database: Database, number: int, deleted: Mask, added: pa.
     config = IndexConfig.model_validate(manifest.config)
     folder = f"{FOLDER}/{_digest(manifest.digests()[partition_folder(number)], partition.ids[deleted], added)}"
     kept = np.flatnonzero(~deleted)
+    log.info("%s: partition %d, %d rows added, %d deleted", database.name, number + 1, len(added), deleted.sum())
     parts = [take_rows(partition.metadata, kept), added.drop_columns([schema.EMBEDDING])]
     metadata = pa.concat_tables(parts, promote_options="default")
     vectors = JoinedRows(partition.embeddings, kept, schema.vectors(added, schema.EMBEDDING))

@@ -263,11 +263,13 @@ def test_build_reads_files_with_metadata_and_reports_left_out_rows(tmp_path: Pat
     rows[7] = 0
     table = pa.table({"TITLE": [f"title {i}" for i in range(50)], "emb": list(rows)})
     pq.write_table(table, tmp_path / "a.parquet")
-    code, text, _ = run(
+    code, text, progress = run(
         capsys,
         *("build", f"{tmp_path}/a.parquet", f"{tmp_path}/db", "--model", "ViT-B-32"),
         *("--column", "caption=TITLE", "--rows-per-partition", "20"),
     )
+    steps = ["db: 49 usable rows", "db: partition 1 of 3", "db: partition 3 of 3", "db: measuring the recall with 49"]
+    assert all(step in progress for step in steps)
     assert (code, text) == (0, f"{tmp_path}/db: 49 rows of dim 32, 1 bad_vector\n")
     database = Database.open(f"{tmp_path}/db")
     assert (len(database.partitions), database.encoder.dim) == (3, 32)
@@ -348,7 +350,8 @@ def test_rows_are_added_and_deleted_and_databases_merged(database: str, tmp_path
     assert run(capsys, "add", database, f"{tmp_path}/new.npy", *options)[0] == 2
 
     (tmp_path / "ids.txt").write_bytes(b"\xef\xbb\xbf1000\r\n1305\r\n77\r\n")  # as editors on Windows write it
-    code, text, _ = run(capsys, "delete", database, f"{tmp_path}/ids.txt")
+    code, text, progress = run(capsys, "delete", database, f"{tmp_path}/ids.txt")
+    assert "database: partition 1, 0 rows added" in progress
     assert (code, text) == (0, f"{database}: 2 rows deleted for 3 ids; 308 rows are left\n")
 
     other = build_database(tmp_path / "other", clustered(20, seed=4), encoder=IDENTITY)
