@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -294,8 +295,10 @@ COMMANDS = {
 
 
 @contextmanager
-def _progress() -> Iterator[None]:
-    """Print the steps of builds, updates and calibrations to stderr, which can take hours."""
+def _messages() -> Iterator[None]:
+    """Print the steps of builds, updates and calibrations, which can take hours, and warnings without lines of code."""
+    default = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **line: f"warning: {message}\n"
     log, handler = logging.getLogger("database"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
@@ -304,13 +307,14 @@ def _progress() -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
+        warnings.formatwarning = default
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "laion-rdm") -> int:
     """Run one command and return the exit code. prog: the program's name in the help text."""
     arguments = make_parser(prog, COMMANDS).parse_args(argv)
     try:
-        with extras_named(), _progress():
+        with extras_named(), _messages():
             return int(arguments.run(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

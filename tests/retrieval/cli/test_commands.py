@@ -382,6 +382,13 @@ def test_a_user_error_exits_with_2_and_prints_no_traceback(tmp_path: Path) -> No
     assert "Traceback" not in ended.stderr
 
 
+def test_a_warning_is_printed_without_lines_of_code(database: str, query_file: str) -> None:
+    command = [sys.executable, "-m", "retrieval", "search", database, "--vector", query_file, "--like", "texts"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stderr.startswith(f"warning: {database}: no calibration for texts")
+    assert ended.stderr.count("\n") == 1
+
+
 def test_help_names_every_command(capsys: Capture) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
