@@ -4,14 +4,19 @@ Exit codes: 0; 1 if `verify` found damage or no signature; 2 for a UserError, pr
 """
 
 import json
+import logging
+import math
 import os
 import sys
+import warnings
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -24,6 +29,7 @@ from retrieval.cli.signed_picture import print_signature
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.calibration import recalibrate
 from retrieval.database.database import Database
+from retrieval.database.stored_manifest import database_manifest
 from retrieval.database.verify import RecallSample, damaged_files, measure_recall, visible_positions
 from retrieval.errors import UserError
 from retrieval.extras import extras_named
@@ -31,7 +37,6 @@ from retrieval.imports.importer import build_database, vector_dim
 from retrieval.imports.source import SourceColumns, VectorSource
 from retrieval.index.hidden import Ids, hide
 from retrieval.recipe import IndexConfig, StorageConfig
-from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
 from retrieval.storage.schema import image_id
 from retrieval.updates.add import add_to_database
@@ -57,7 +62,9 @@ def search(arguments: Namespace) -> int:
         num_pictures = write_contact_sheet(arguments.sheet, results, arguments.pictures)
         print(f"{arguments.sheet}: {num_pictures} pictures found below {arguments.pictures}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps([vars(result) for result in results], indent=1, ensure_ascii=False))
+        print(
+            json.dumps([_json_object(result) for result in results], indent=1, ensure_ascii=False, default=_json_time)
+        )
     else:
         print("\n\n".join(_table(result) for result in results))
     return 0
@@ -99,10 +106,11 @@ def verify(arguments: Namespace) -> int:
     if Path(arguments.database).is_file():
         return 0 if print_signature(Path(arguments.database), arguments.authorities) else DAMAGED
     root = _root(arguments)
+    manifest = database_manifest(root)
     if damaged := damaged_files(root):
         print("\n".join(f"damaged: {line}" for line in damaged))
         return DAMAGED
-    print(f"{len(read_manifest(root, '').checksums())} files match the manifest")
+    print(f"{len(manifest.checksums())} files match the manifest")
     sample = RecallSample(arguments.queries, arguments.k, arguments.recall, arguments.seed)
     print(f"{measure_recall(Database.open(root), sample)}, requested {arguments.recall}")
     return 0
@@ -127,7 +135,7 @@ def build(arguments: Namespace) -> int:
 
 def add(arguments: Namespace) -> int:
     """Add vectors to a database."""
-    before = read_manifest(_root(arguments), "")
+    before = database_manifest(_root(arguments))
     after = add_to_database(_root(arguments), _source(arguments, None)).manifest
     added = after.rows - before.rows
     left_out = Counter(after.reasons) - Counter(before.reasons)
@@ -138,7 +146,7 @@ def add(arguments: Namespace) -> int:
 def delete(arguments: Namespace) -> int:
     """Delete images from all files of a database."""
     ids = _listed_ids(arguments.ids)
-    before = read_manifest(_root(arguments), "").rows
+    before = database_manifest(_root(arguments)).rows
     after = delete_from_database(_root(arguments), ids).manifest.rows
     print(f"{arguments.database}: {before - after:,} rows deleted for {len(ids):,} ids; {after:,} rows are left")
     return 0
@@ -201,6 +209,20 @@ def _table(result: QueryResult) -> str:
     return "\n".join(lines)
 
 
+def _json_object(result: QueryResult) -> dict[str, Any]:
+    """A result as JSON has it: numbers that are not finite are null."""
+    rows = [
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        for row in result.neighbors
+    ]
+    return {"query": result.query, "neighbors": rows}
+
+
+def _json_time(value: Any) -> str:
+    """The text of a value that JSON does not have: days and times in ISO 8601."""
+    return str(value.isoformat()) if hasattr(value, "isoformat") else str(value)
+
+
 def _root(arguments: Namespace, url: str = "") -> Root:
     """The folder of the database, or another one, with the cache of the options."""
     try:
@@ -212,7 +234,7 @@ def _root(arguments: Namespace, url: str = "") -> Root:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     return [line for line in lines if line and not line.startswith("#")]
@@ -272,11 +294,27 @@ COMMANDS = {
 }
 
 
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Print the steps of builds, updates and calibrations, which can take hours, and warnings without lines of code."""
+    default = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **line: f"warning: {message}\n"
+    log, handler = logging.getLogger("database"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        warnings.formatwarning = default
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "laion-rdm") -> int:
     """Run one command and return the exit code. prog: the program's name in the help text."""
     arguments = make_parser(prog, COMMANDS).parse_args(argv)
     try:
-        with extras_named():
+        with extras_named(), _messages():
             return int(arguments.run(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -66,9 +66,10 @@ def encode_queries(inputs: QueryInputs, database: Database, like: str) -> list[E
         if rows.shape[1] != database.dim:
             raise UserError(f"a query has length {rows.shape[1]}; vectors of {database.root.url} have {database.dim}")
         queries.append(EncodedQueries(like, [f"{path}[{i}]" for i in range(len(rows))], rows))
+    queries = [each for each in queries if each.names]
     if not queries:
         raise UserError("nothing to search for: give a text, a picture or a vector")
-    return [each for each in queries if each.names]
+    return queries
 
 
 def read_vectors(path: str) -> Array:

@@ -40,6 +40,8 @@ from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, read_
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.temp_folders import temporary_folder
 
+log = logging.getLogger("database")
+
 WRITTEN_ROWS = 8192
 """Rows that are put in order at once to be written."""
 CENTROID_SAMPLE_ROWS = 1_000_000
@@ -160,6 +162,7 @@ def write_partitioned(
     delete_database(root, name)
     records = [ShardRecord("centroids", 0, (write_centroids(root, name, rows.centroids),), identity.reasons)]
     for number, table in enumerate(rows.tables):
+        log.info("%s: partition %d of %d, %d rows", name, number + 1, len(rows.centroids), len(table))
         records.append(write_partition(root, name, number, table, config))
     manifest = database_manifest(records, encoder, config, identity)
     manifest = calibrated(root, replace(manifest, seconds=round(time.time() - started, 3)))

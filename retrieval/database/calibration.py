@@ -5,6 +5,7 @@ neighbors nor as results: so new queries reach the measured recall. Efforts are 
 a query reads) and not by time, so two builds with the same engine (compiled library or faiss) give equal results.
 """
 
+import logging
 import math
 from dataclasses import asdict
 from typing import Any
@@ -32,6 +33,8 @@ from retrieval.index.routing import Numbers, Vectors
 from retrieval.index.top_k import Positions
 from retrieval.recipe import IndexConfig
 from retrieval.storage.root import Root
+
+log = logging.getLogger("database")
 
 KS = (1, 10, 20, 100, 1000)
 """Numbers of neighbors whose recall is measured."""
@@ -106,6 +109,7 @@ def _calibration(database: Database, units: Vectors, query_positions: Positions)
         ks = (*ks, len(database) - 1)
     if database.is_exact:
         return [asdict(_exact_effort(database, k)) for k in ks]
+    log.info("%s: measuring the recall with %d queries", database.name, len(units))
     order = np.random.default_rng(0).permutation(len(units))  # the first of them are then a fair sample
     groups = _groups(ks, len(units))
     most = np.array([max(group[-1] for count, group in groups if number < count) for number in range(len(units))])

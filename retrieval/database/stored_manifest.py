@@ -13,17 +13,23 @@ MAX_READS = 5
 
 def stored_manifest(root: Root) -> Manifest:
     """The manifest of the database at a root. Raises UserError if it is no database, unfinished or damaged."""
-    manifest = _read(root)
+    manifest = database_manifest(root)
     for _ in range(MAX_READS):
         if not (damage := _damage(root, manifest)):
             return manifest
-        before, manifest = manifest, _read(root)
+        before, manifest = manifest, database_manifest(root)
         if manifest == before:
             break
     raise UserError(f"{damage}: the database is damaged. Build it again.")
 
 
-def _read(root: Root) -> Manifest:
+def database_manifest(root: Root) -> Manifest:
+    """As `stored_manifest`, without a comparison with the files."""
+    if not root.exists("manifest.json"):
+        raise UserError(
+            f"{root.url} is no database: it has no manifest.json. Name the folder of a finished database, or run the "
+            "build or merge that did not finish there again."
+        )
     manifest = read_manifest(root, "")
     if "encoder" not in manifest.values or "rows" not in manifest.values:
         raise UserError(f"{root.url} is the output of stage {manifest.stage!r}; expected a database.")

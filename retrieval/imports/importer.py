@@ -7,6 +7,7 @@ is read and built.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Generator, Iterable
 
@@ -27,6 +28,8 @@ from retrieval.database.build import (
 )
 from retrieval.database.calibration import recalibrate
 from retrieval.database.database import Database
+from retrieval.database.stored_calibration import FOLDER as CALIBRATION_FOLDER
+from retrieval.database.unit_rows import unit_queries
 from retrieval.errors import UserError
 from retrieval.imports.readers import CLIP_RETRIEVAL, read_source_blocks, read_text_queries
 from retrieval.imports.source import Path, VectorSource
@@ -38,9 +41,12 @@ from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.data_files import HIDDEN_PREFIXES, split_path
 from retrieval.storage.lease import FOLDER as LEASES
+from retrieval.storage.lease import lease
 from retrieval.storage.listing import is_hidden
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
+
+log = logging.getLogger("database")
 
 ROWS_PER_GROUP = 250_000
 """Rows in a shuffle file, which are held in memory: 0.4 GB at 768 dimensions, a quarter of a usual partition."""
@@ -68,7 +74,8 @@ def build_database(
     partition (`config.rows_per_partition`) and 40 bytes a row; they must not change meanwhile. Of
     several rows with one image id, the first is kept. A `VectorSource` can contain vectors of texts, which measure the
     recall of searches for texts. Raises UserError for an unreadable source, vectors of
-    another length than encoder.dim, no usable row, a folder with other files, or a folder inside of the source.
+    another length than encoder.dim, no usable row, a folder with other files, a folder inside of the source, and while
+    another process builds or updates the database.
     """
     if not encoder.model or encoder.dim < 1:
         raise UserError(f"the encoder of the vectors needs a name and a dim, got {encoder!r}")
@@ -79,17 +86,26 @@ def build_database(
     require_free(parent.child(name))
     require_outside(parent.child(name), source)
     config = config or IndexConfig.model_validate({})
+    texts = read_text_queries(source)
+    if texts is not None:
+        unit_queries(texts, encoder.dim, root.url)  # raises before the build, not after it
     rows = scan_rows(source, encoder.dim, most_kept=config.rows_per_partition)
     require_rows(len(rows.ids), name)
+    with lease(parent.child(name), "update"):
+        _build(parent, name, rows, encoder, config)
+        if texts is not None:
+            recalibrate(parent.child(name), texts, "texts")
+    return Database.open(root)
+
+
+def _build(parent: Root, name: str, rows: SourceRows, encoder: EncoderIdentity, config: IndexConfig) -> None:
+    log.info("%s: %d usable rows, reading a sample", name, len(rows.ids))
     sample, digest = _sample_and_digest(rows, config.seed)
     values: dict[str, object] = {"changed_values": rows.changed} if rows.changed else {}
     identity = DatabaseIdentity(name, {"source": digest}, rows.reasons, values)
     centroids = train_partition_centroids(sample, config, len(rows.ids))
     partitioned = PartitionedRows(centroids, shuffled(parent.child(name), rows.tables(), centroids))
     write_partitioned(parent, partitioned, encoder, config, identity)
-    if (texts := read_text_queries(source)) is not None:
-        recalibrate(parent.child(name), texts, "texts")
-    return Database.open(root)
 
 
 def require_outside(folder: Root, source: VectorSource) -> None:
@@ -148,10 +164,13 @@ def shuffled(folder: Root, tables: Iterable[pa.Table], centroids: Vectors) -> Ge
 
 
 def require_free(folder: Root) -> None:
-    """Raises UserError for a folder that contains other files and no database."""
+    """Raises UserError for a file, and for a folder that contains other files and no database."""
+    if folder.is_file(""):
+        raise UserError(f"{folder.url} is a file. Name a folder for the database.")
     if folder.exists("manifest.json") and "encoder" in read_manifest(folder, "").values:
         return
-    kept = (*KEPT_BY_BUILDS, f"{LEASES}/")
+    # A killed build leaves these beside its own files.
+    kept = (*KEPT_BY_BUILDS, f"{LEASES}/", f"{CALIBRATION_FOLDER}/", "README.md")
     own = (name for name in folder.list("") if OWN_FILE.fullmatch(name) or name.startswith(kept))
     if others := sorted(set(folder.list("")) - set(own)):
         raise UserError(f"{folder.url} contains {others[0]} and is not a database: name another folder")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrieval.errors import UserError
-from retrieval.imports.source import SourceColumns, find_column, further_columns
+from retrieval.imports.source import SourceColumns, find_column, further_columns, further_type
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import count_changed, is_number, is_text, numbers, pixels, plain, texts
 
@@ -56,6 +56,7 @@ def read_metadata(
     if rows is not None:
         for name in further_columns(rows.schema, columns, location):
             column = plain(rows[name])
+            column = column.cast(further_type(column.type))
             clean = texts(column, errors="ignore") if is_text(column.type) else column
             changed[name] = count_changed(column, clean) if is_text(column.type) else 0
             table = table.append_column(schema.further_name(name), clean)

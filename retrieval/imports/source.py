@@ -1,6 +1,7 @@
 """Describes vectors of another tool: where they are, and how their columns are named."""
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -107,8 +108,33 @@ def metadata_columns(table: pa.Schema, columns: SourceColumns, location: str) ->
 
 
 def further_columns(table: pa.Schema, columns: SourceColumns, location: str) -> list[str]:
-    """The source's columns that a database keeps besides those of SourceColumns: all of plain types, not twice."""
+    """The source's columns that a database keeps besides those of SourceColumns: all of plain types, not twice.
+
+    Warns of columns of other types, except for vectors.
+    """
     used = {find_column(table, columns, name, location) for name in DEFAULT_NAMES if name != "vector"}
     fields = [field for field in table if field.name not in used and table.names.count(field.name) == 1]
-    stored = {field.name: pa.field(further_name(field.name), plain_type(field.type)) for field in fields}
-    return [name for name, field in stored.items() if is_further(field) or pa.types.is_null(field.type)]
+    stored = {field.name: pa.field(further_name(field.name), further_type(field.type)) for field in fields}
+    names = [name for name, field in stored.items() if is_further(field) or pa.types.is_null(field.type)]
+    others = [f"{field.name} ({field.type})" for field in fields if field.name not in names and not _is_vector(field)]
+    if others:
+        warnings.warn(
+            f"left out, because a database keeps only columns of texts, numbers, truth values, times, and lists of "
+            f"texts or integers: {', '.join(others)}. Convert these columns to keep them.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return names
+
+
+def further_type(kind: pa.DataType) -> pa.DataType:
+    """The type in a database of a further column. Arrow compares no float16 numbers, so conditions need wider ones."""
+    kind = plain_type(kind)
+    if pa.types.is_decimal(kind):
+        return pa.float64()
+    return pa.float32() if pa.types.is_float16(kind) else kind
+
+
+def _is_vector(field: pa.Field) -> bool:
+    kind = plain_type(field.type)
+    return pa.types.is_list(kind) and pa.types.is_floating(kind.value_type)

@@ -1,13 +1,14 @@
 """Conditions on the metadata of a database: from text to an Arrow expression, and the rows that meet it.
 
-The text is a Python expression of column names, numbers, texts, lists, comparisons, `and`, `or` and `not`. It is parsed
-into an expression and never executed, because the shell and the page pass on what their users write.
+The text is a Python expression of column names, numbers, texts, dates, lists, comparisons, `and`, `or` and `not`. It is
+parsed into an expression and never executed, because the shell and the page pass on what their users write.
 """
 
 import ast
 import functools
 import operator
 from collections.abc import Callable
+from datetime import date, datetime
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,6 +28,8 @@ MAX_COMPARISONS = 1_000
 EXAMPLE = "width >= 768 and license in ['cc0', 'cc-by'] and 'sea' in caption"
 MISSING = pc.scalar(pa.scalar(None, pa.bool_()))
 """The value of a comparison with a missing value. `not` does not change it, and a row with it is left out."""
+TIMES: dict[str, Callable[[str], date]] = {"date": date.fromisoformat, "datetime": datetime.fromisoformat}
+"""Functions in a condition that read a time from a text, by name."""
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Expression]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -41,6 +44,7 @@ def parse_condition(text: str) -> Expression:
     """The condition in a text, such as EXAMPLE. `'sea' in caption`: the column contains the text, in any case.
 
     `license is None`: the value is missing. Rows where a compared value is missing do not meet a condition.
+    `date('2021-01-31')` and `datetime('2021-01-31T12:00')` are times.
     Raises UserError for other texts.
     """
     try:
@@ -111,23 +115,35 @@ def _comparison(left: ast.expr, comparison: ast.cmpop, right: ast.expr) -> Expre
 
 def _contained(left: ast.expr, right: ast.expr) -> Expression:
     if isinstance(right, ast.Name):
-        part = ast.literal_eval(left)
+        part = _value(left)
         if not isinstance(part, str):
             raise ValueError(f"{ast.unparse(left)} in {right.id}: only texts can be contained in a column")
         return pc.match_substring(pc.field(right.id), part, ignore_case=True)
-    values = ast.literal_eval(right)
-    if not isinstance(left, ast.Name) or not isinstance(values, (list, tuple, set)):
+    if not isinstance(left, ast.Name) or not isinstance(right, (ast.List, ast.Tuple, ast.Set)):
         raise ValueError(
             f"{ast.unparse(left)} in {ast.unparse(right)}: wanted a column in a list, or a text in a column"
         )
     column = pc.field(left.id)
-    return pc.if_else(column.is_valid(), column.isin(list(values)), MISSING)
+    values = [*map(_value, right.elts)]
+    # Arrow compares no column with a list without values.
+    return pc.if_else(column.is_valid(), column.isin(values) if values else pc.scalar(False), MISSING)
 
 
 def _operand(node: ast.expr) -> Expression:
     if isinstance(node, ast.Name):
         return pc.field(node.id)
-    value = ast.literal_eval(node)
-    if not isinstance(value, (bool, int, float, str)):
-        raise ValueError(f"{ast.unparse(node)} is no number and no text")
+    value = _value(node)
+    if not isinstance(value, (bool, int, float, str, date)):
+        raise ValueError(f"{ast.unparse(node)} is no number, text or time")
     return pc.scalar(value)
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in TIMES:
+        if len(node.args) != 1 or node.keywords:
+            raise ValueError(f"{ast.unparse(node)}: wanted one text, such as date('2021-01-31')")
+        return TIMES[node.func.id](ast.literal_eval(node.args[0]))
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"{ast.unparse(node)} is no number, text or time") from None

@@ -1,4 +1,4 @@
-"""A full disk as an error that names the file and the disk."""
+"""A full disk, or a folder that cannot be written, as an error that names the file."""
 
 import errno
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from retrieval.errors import NodeError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRITE_PROTECTED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _SHORT_WRITE = re.compile(r"[0-9]+ requested and [0-9]+ written")
 """NumPy's error, which states no cause."""
 
@@ -37,4 +38,21 @@ def full_disk_named(path: Path, target: str = "") -> Iterator[None]:
         raise NodeError(
             f"{path}{f', on its way to {target}' if target else ''}: the disk {disk} is full ({error}). Free some space"
             " (TMPDIR selects the disk of temporary files) and run this again; finished shards are kept."
+        ) from error
+
+
+@contextmanager
+def write_errors_named(path: Path) -> Iterator[None]:
+    """As `full_disk_named`, also for a folder that this process may not write. path: absolute."""
+    try:
+        with full_disk_named(path):
+            yield
+    except OSError as error:
+        # The block may also read files elsewhere.
+        is_near = not isinstance(error.filename, str) or path.is_relative_to(Path(error.filename).parent)
+        if error.errno not in WRITE_PROTECTED or not is_near:
+            raise
+        raise NodeError(
+            f"{path} cannot be written or deleted: {os.strerror(error.errno)}. Name another file or folder, or"
+            " change the permissions of its folder."
         ) from error

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from retrieval.errors import UserError
+from retrieval.storage.full_disk import write_errors_named
 from retrieval.storage.root import Root
 
 FOLDER = "leases"
@@ -158,7 +159,8 @@ class _Lease:
             yield
             return
         folder = self.root.local_path(self.file).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        with write_errors_named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             with suppress(OSError):

@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from retrieval.errors import NodeError, UserError, damaged_file_advice
 from retrieval.extras import extras_named
 from retrieval.storage import object_store
-from retrieval.storage.full_disk import full_disk_named, is_disk_full
+from retrieval.storage.full_disk import full_disk_named, is_disk_full, write_errors_named
 from retrieval.storage.temp_folders import temporary_folder
 
 CHUNK_BYTES = 1 << 22
@@ -53,7 +53,7 @@ class Root:
     remake: stages may delete finished shards of other settings or inputs below it (`stage_folder.prepare_folder`).
     cache: folder and most GB of the local copies of its files; "" and 0: the defaults of `retrieval.file_cache`.
 
-    Every method raises NodeError if the object store cannot be reached or denies access, or if the disk is full.
+    Every method raises NodeError if the object store cannot be reached, or if the store or the disk denies a write.
 
     >>> root = Root("memory://example")
     >>> root.write_json("stage/facts.json", {"rows": 3}).name
@@ -145,7 +145,7 @@ class Root:
         """
         with suppress(FileNotFoundError), self._store_errors(folder):
             for file in object_store.listed_files(self.fs, self.url, self._base, folder, splits):
-                if "/.partial-" not in file.name:
+                if "/.partial-" not in f"/{file.name}":
                     yield file
 
     def version(self, name: str) -> str:
@@ -220,7 +220,7 @@ class Root:
         """A path that becomes `name` after the block (removed if it raises). Raises NodeError if the disk is full."""
         with ExitStack() as stack:
             if self.is_local:
-                stack.enter_context(full_disk_named(self.local_path(name)))
+                stack.enter_context(write_errors_named(self.local_path(name)))
             path = self._temporary_path(name, stack)
             if not self.is_local:
                 stack.enter_context(full_disk_named(path, self.at(name)))
@@ -269,7 +269,7 @@ class Root:
         path = f"{self._base}/{name}"
         try:
             if self.is_local:
-                with full_disk_named(Path(path)):
+                with write_errors_named(Path(path)):
                     Path(path).parent.mkdir(parents=True, exist_ok=True)
                     with open(path, "xb") as file:
                         file.write(data)
@@ -296,8 +296,10 @@ class Root:
     def delete(self, name: str) -> None:
         """Remove a file, or a folder with its contents. Does nothing if it does not exist."""
         path = f"{self._base}/{name}"
-        if self.is_local and Path(path).is_dir():
-            shutil.rmtree(path)
+        if self.is_local:
+            with write_errors_named(Path(path)):
+                remove = shutil.rmtree if Path(path).is_dir() else partial(Path.unlink, missing_ok=True)
+                remove(Path(path))
             return
         with suppress(FileNotFoundError), self._store_errors(name):
             if object_store.is_s3(self.url):  # s3fs lists slowly
@@ -309,8 +311,9 @@ class Root:
         """Remove files, of an object store a thousand with one request. Files that do not exist are ignored."""
         paths = [f"{self._base}/{name}" for name in names]
         if self.is_local:
-            for path in paths:
-                Path(path).unlink(missing_ok=True)
+            for path in map(Path, paths):
+                with write_errors_named(path):
+                    path.unlink(missing_ok=True)
         elif paths:
             with suppress(FileNotFoundError), self._store_errors(""):
                 self.fs.rm([glob.escape(path) for path in paths])
@@ -329,6 +332,13 @@ class Root:
         elif object_store.is_s3(self.url):
             with self._store_errors(folder):
                 object_store.abort_uploads(self.fs, f"{self._base}/{folder}")
+
+    def delete_empty_folders(self, folder: str) -> None:
+        """Remove a folder and those below it that contain no file. Object stores have none."""
+        if self.is_local:
+            for path, _, _ in os.walk(Path(self._base, folder), topdown=False):
+                with suppress(OSError):  # it contains files
+                    os.rmdir(path)
 
 
 def file_sha256(path: Path) -> str:

@@ -47,18 +47,18 @@ def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database
     parent, name = split_path(root.url)
     parent.cache = root.cache
     _check_sources(parent.at(name), databases)
+    columns = _columns_of_all(databases)
     require_free(parent.child(name))
     with lease(parent.child(name), "update"):
         refuse_erasure(parent.child(name))
-        _write_merged(databases, parent, name)
+        _write_merged(databases, columns, parent, name)
     return Database.open(parent.child(name))
 
 
-def _write_merged(databases: Sequence[Database], parent: Root, name: str) -> None:
+def _write_merged(databases: Sequence[Database], columns: pa.Schema, parent: Root, name: str) -> None:
     delete_database(parent, name)
     centroids = np.concatenate([database.centroids for database in databases])
     records = [ShardRecord("centroids", 0, (write_centroids(parent, name, centroids),))]
-    columns = _columns_of_all(databases)
     for database in databases:
         for number in range(len(database.partitions)):
             folder = f"{name}/{partition_folder(len(records) - 1)}"
@@ -84,13 +84,26 @@ def _check_unchanged(database: Database) -> None:
 
 
 def _columns_of_all(databases: Sequence[Database]) -> pa.Schema:
+    """The metadata columns of all databases. Numbers get the type that holds the numbers of all."""
     try:
-        return pa.unify_schemas([database.partitions[0].metadata.schema for database in databases])
+        columns = pa.unify_schemas(
+            [database.partitions[0].metadata.schema for database in databases], promote_options="permissive"
+        )
+        for database in databases:
+            for partition in database.partitions:
+                if any(field.type != columns.field(field.name).type for field in partition.metadata.schema):
+                    _widened(partition.metadata, columns)  # raises before anything is written
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
         raise UserError(
             f"the sources have metadata columns of one name and different types: {error}. Build one of them again "
             "without that column, or with its values converted."
         ) from error
+    return columns
+
+
+def _widened(metadata: pa.Table, columns: pa.Schema) -> pa.Table:
+    """Metadata with the columns of all databases: null in those that it lacks."""
+    return pa.concat_tables([columns.empty_table(), metadata], promote_options="permissive")
 
 
 def _check_sources(target: str, databases: Sequence[Database]) -> None:
@@ -125,8 +138,7 @@ def _copy_partition(
         if files[-1].sha256 != file.sha256:
             raise UserError(f"{database.root.at(name)} is damaged: its checksum is another one. Build it again.")
         if name.endswith("/metadata.arrow") and metadata.schema != columns:
-            wider = pa.concat_tables([columns.empty_table(), metadata], promote_options="default")
-            files[-1] = write_metadata(root, copy, wider)
+            files[-1] = write_metadata(root, copy, _widened(metadata, columns))
     return tuple(files)
 
 

@@ -6,6 +6,7 @@ Nothing is trained, unless a partition gets or loses its lists, or a centroid wo
 """
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import pyarrow as pa
 from retrieval.database.build import write_listed_partition, write_partition
 from retrieval.database.coverage import COPY_SIMILARITY
 from retrieval.database.database import Database
+from retrieval.database.stored_manifest import database_manifest
 from retrieval.errors import UserError
 from retrieval.index.inverted_lists import update_inverted_lists
 from retrieval.index.partition import Partition
@@ -31,6 +33,8 @@ from retrieval.storage.lease import lease, raise_if_lost
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import Root
 from retrieval.updates.kept_calibration import kept_calibration
+
+log = logging.getLogger("database")
 
 FOLDER = "rewritten"
 PARTITION_FILE = re.compile(rf"((erased-|{FOLDER}/)\w+/)?(partitions/.*|shuffle-\d+\.arrow)")
@@ -45,6 +49,7 @@ def opened_for_update(root: Root) -> Iterator[Database]:
     """All rows of the database at a root. Raises UserError while another process updates it, and until an
     erasure that has begun there has ended.
     """
+    database_manifest(root)  # raises before the lease makes a folder
     with lease(root, "update"):
         refuse_erasure(root)
         yield Database.open(root).with_all_rows().for_passes()
@@ -92,6 +97,7 @@ def rewrite_partition(database: Database, number: int, deleted: Mask, added: pa.
     config = IndexConfig.model_validate(manifest.config)
     folder = f"{FOLDER}/{_digest(manifest.digests()[partition_folder(number)], partition.ids[deleted], added)}"
     kept = np.flatnonzero(~deleted)
+    log.info("%s: partition %d, %d rows added, %d deleted", database.name, number + 1, len(added), deleted.sum())
     parts = [take_rows(partition.metadata, kept), added.drop_columns([schema.EMBEDDING])]
     metadata = pa.concat_tables(parts, promote_options="default")
     vectors = JoinedRows(partition.embeddings, kept, schema.vectors(added, schema.EMBEDDING))
@@ -125,10 +131,12 @@ def publish(database: Database, records: Sequence[ShardRecord], left_out: Mappin
 
 
 def delete_other_files(root: Root, manifests: Sequence[Manifest]) -> None:
-    """Delete the files of partitions that none of these manifests names, and unfinished files of killed updates."""
+    """Delete the files of partitions that none of these manifests names, and what killed updates left."""
     named = {name.removeprefix(f"{manifest.stage}/") for manifest in manifests for name in manifest.checksums()}
     root.delete_files(name for name in root.list("") if PARTITION_FILE.fullmatch(name) and name not in named)
-    root.delete_partial_files(FOLDER)
+    for folder in (FOLDER, "pictures"):
+        root.delete_partial_files(folder)
+    root.delete_empty_folders(FOLDER)
 
 
 def _digest(partition: str, deleted: npt.NDArray[np.int64], added: pa.Table) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,37 @@ def test_search_among_the_rows_that_meet_a_condition(database: str, query_file: 
     assert all(row["image_id"] < 1100 for result in json.loads(text) for row in result["neighbors"])
     code, _, error = run(capsys, "search", database, "--vector", query_file, "--where", "image_id")
     assert (code, "Write it as in: width >= 768" in error) == (2, True)
+
+
+def test_json_has_days_as_texts_and_null_for_numbers_that_are_not_finite(tmp_path: Path, capsys: Capture) -> None:
+    rows = clustered(2, seed=3)
+    moment = datetime(2021, 6, 1, 12, 30)
+    table = pa.table({"day": [moment.date(), None], "taken": [moment, moment], "score": [float("nan"), 0.5]})
+    build_database(tmp_path / "db", rows, table, encoder=IDENTITY)
+    np.save(tmp_path / "q.npy", rows[:1])
+    code, text, _ = run(capsys, "search", f"{tmp_path}/db", "--vector", f"{tmp_path}/q.npy", "--json")
+    first, second = json.loads(text, parse_constant=pytest.fail)[0]["neighbors"]
+    assert code == 0
+    assert (first["day"], first["taken"], first["score"]) == ("2021-06-01", "2021-06-01T12:30:00", None)
+    assert (second["day"], second["score"]) == (None, 0.5)
+
+
+def test_a_file_without_vectors_is_nothing_to_search_for(database: str, tmp_path: Path, capsys: Capture) -> None:
+    np.save(tmp_path / "none.npy", np.zeros((0, 32), np.float32))
+    code, _, error = run(capsys, "search", database, "--vector", f"{tmp_path}/none.npy")
+    assert (code, "nothing to search for" in error) == (2, True)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "file.txt"])
+def test_commands_say_that_a_folder_is_no_database(tmp_path: Path, capsys: Capture, place: str) -> None:
+    (tmp_path / "file.txt").write_text("7")
+    np.save(tmp_path / "v.npy", clustered(2, seed=3))
+    for command, *others in (("add", "v.npy"), ("delete", "file.txt"), ("verify",), ("info",), ("search",)):
+        if (command, place) != ("verify", "file.txt"):  # a picture
+            code, _, error = run(capsys, command, f"{tmp_path}/{place}", *(f"{tmp_path}/{name}" for name in others))
+            assert (code, "is no database: it has no manifest.json" in error) == (2, True)
+    code, _, error = run(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/file.txt", "--model", "m")
+    assert (code, "is a file. Name a folder for the database" in error) == (2, True)
 
 
 def test_recall_determines_how_many_partitions_a_search_visits(build: Build, tmp_path: Path, capsys: Capture) -> None:
@@ -231,11 +263,13 @@ def test_build_reads_files_with_metadata_and_reports_left_out_rows(tmp_path: Pat
     rows[7] = 0
     table = pa.table({"TITLE": [f"title {i}" for i in range(50)], "emb": list(rows)})
     pq.write_table(table, tmp_path / "a.parquet")
-    code, text, _ = run(
+    code, text, progress = run(
         capsys,
         *("build", f"{tmp_path}/a.parquet", f"{tmp_path}/db", "--model", "ViT-B-32"),
         *("--column", "caption=TITLE", "--rows-per-partition", "20"),
     )
+    steps = ["db: 49 usable rows", "db: partition 1 of 3", "db: partition 3 of 3", "db: measuring the recall with 49"]
+    assert all(step in progress for step in steps)
     assert (code, text) == (0, f"{tmp_path}/db: 49 rows of dim 32, 1 bad_vector\n")
     database = Database.open(f"{tmp_path}/db")
     assert (len(database.partitions), database.encoder.dim) == (3, 32)
@@ -315,8 +349,9 @@ def test_rows_are_added_and_deleted_and_databases_merged(database: str, tmp_path
     assert (code, text) == (0, f"{database}: 10 rows added, 2 duplicate_id; 310 rows in total\n")
     assert run(capsys, "add", database, f"{tmp_path}/new.npy", *options)[0] == 2
 
-    (tmp_path / "ids.txt").write_text("1000\n1305\n77\n")
-    code, text, _ = run(capsys, "delete", database, f"{tmp_path}/ids.txt")
+    (tmp_path / "ids.txt").write_bytes(b"\xef\xbb\xbf1000\r\n1305\r\n77\r\n")  # as editors on Windows write it
+    code, text, progress = run(capsys, "delete", database, f"{tmp_path}/ids.txt")
+    assert "database: partition 1, 0 rows added" in progress
     assert (code, text) == (0, f"{database}: 2 rows deleted for 3 ids; 308 rows are left\n")
 
     other = build_database(tmp_path / "other", clustered(20, seed=4), encoder=IDENTITY)
@@ -345,6 +380,13 @@ def test_a_user_error_exits_with_2_and_prints_no_traceback(tmp_path: Path) -> No
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ")
     assert "Traceback" not in ended.stderr
+
+
+def test_a_warning_is_printed_without_lines_of_code(database: str, query_file: str) -> None:
+    command = [sys.executable, "-m", "retrieval", "search", database, "--vector", query_file, "--like", "texts"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stderr.startswith(f"warning: {database}: no calibration for texts")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_help_names_every_command(capsys: Capture) -> None:

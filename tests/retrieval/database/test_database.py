@@ -206,7 +206,7 @@ def test_opening_reads_neither_vectors_nor_metadata_nor_indexes(build: Build, ve
 
 
 def test_a_folder_without_a_manifest_is_no_database(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did not finish"):
+    with pytest.raises(UserError, match=r"is no database: it has no manifest\.json"):
         Database.open(str(tmp_path))
 
 

@@ -15,6 +15,7 @@ import pytest
 from retrieval import Database, Root, UserError
 from retrieval.database import build
 from retrieval.database.build import DatabaseIdentity, write_database
+from retrieval.database.calibration import recalibrate
 from retrieval.imports import importer, readers
 from retrieval.imports.importer import build_database
 from retrieval.imports.source import VectorSource
@@ -83,13 +84,24 @@ def test_a_build_that_is_killed_in_the_shuffle_is_replaced_by_the_next(
     root = Root(tmp_path / "db")
     build_database(root, clustered(20, seed=1), encoder=IDENTITY, config=CONFIG)
     (tmp_path / "db/notes.txt").write_text("mine")
+    (tmp_path / "db/README.md").write_text("the card of the database")
+    recalibrate(root, np.ones((2, DIM)), "texts")
     (tmp_path / "db/manifest.json").unlink()
     (tmp_path / "db/shuffle-00000.arrow").write_bytes(b"of a build that was killed")
+    (tmp_path / "db/.partial-0-manifest.json").write_bytes(b"of a build that was killed at its end")
     with pytest.raises(UserError, match=r"contains notes\.txt and is not a database"):
         build_database(root, folder, encoder=IDENTITY, config=CONFIG)
     (tmp_path / "db/notes.txt").unlink()
     assert len(build_database(root, folder, encoder=IDENTITY, config=CONFIG)) > 400
-    assert not [*(tmp_path / "db").glob("shuffle*")]
+    assert not [*(tmp_path / "db").glob("shuffle*"), *(tmp_path / "db").glob(".partial*")]
+
+
+def test_texts_of_another_length_are_refused_before_the_build(tmp_path: Path) -> None:
+    build_database(tmp_path / "db", clustered(20, seed=1), encoder=IDENTITY)
+    source = VectorSource(clustered(30, seed=2), text_queries=np.ones((3, DIM + 1)))
+    with pytest.raises(UserError, match=rf"must be \(n, {DIM}\), got \(3, {DIM + 1}\)"):
+        build_database(tmp_path / "db", source, encoder=IDENTITY)
+    assert len(Database.open(str(tmp_path / "db"))) == 20  # the earlier database
 
 
 def test_a_database_inside_its_source_is_an_error(tmp_path: Path) -> None:

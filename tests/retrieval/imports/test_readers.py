@@ -253,17 +253,21 @@ def test_further_columns_keep_their_types_and_select_rows(tmp_path: Path) -> Non
         "empty": pa.nulls(7),
         "struct": [{"a": 1}] * 7,
         "query": pa.array(range(7)),
+        "price": pa.array([Decimal(f"{row}.25") for row in range(7)]),
+        "half": pa.array(range(7), pa.float16()),
     }
-    database = build_database(tmp_path / "db", clustered(7, seed=1), pa.table(columns), encoder=IDENTITY)
+    with pytest.warns(UserWarning, match=r"left out, .*: struct \(struct<a: int64>\)\. Convert these columns"):
+        database = build_database(tmp_path / "db", clustered(7, seed=1), pa.table(columns), encoder=IDENTITY)
     stored = database.metadata_at(np.arange(7))
     kept = {field.name: str(field.type) for field in stored.schema if field.name not in schema.METADATA.names}
     assert kept == {
         **{"source_similarity": "float", "style": "string", "year": "int16", "open": "bool"},
-        **{"tags": "list<item: string>", "source_query": "int64"},
+        **{"tags": "list<item: string>", "source_query": "int64", "price": "double", "half": "float"},
     }
     assert database.manifest.values["changed_values"] == {"style": 1}
     selected = database.where(
-        "style in ['cubism', 'caf'] and year > 1900 and source_similarity < 0.65 and open == True"
+        "style in ['cubism', 'caf'] and year > 1900 and source_similarity < 0.65 and open == True and half > 1"
+        " and price <= 6.25"
     )
     assert sorted(selected.search(clustered(1, seed=2), k=7).table()["year"].to_pylist()) == [1903, 1906]
 

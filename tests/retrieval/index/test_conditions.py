@@ -1,5 +1,6 @@
 """Conditions on metadata: what a text means, what is refused, and searches among the rows that meet one."""
 
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ ROWS = pa.table(
         "width": pa.array([300, 768, 1024, 2000], pa.int32()),
         "license": ["cc0", "cc-by", None, "all rights"],
         "caption": ["The Sea", "a wood", "seaside", "it's late"],
+        "day": [date(2020, 1, 1), date(2021, 6, 1), None, date(2022, 3, 1)],
+        "taken": [datetime(2020, 1, 1, 5), datetime(2021, 6, 1), None, datetime(2022, 3, 1, 12)],
     }
 )
 NUM_ROWS = 20_000
@@ -45,6 +48,14 @@ NUM_ROWS = 20_000
         ('caption == "it\'s late"', [4]),
         ("image_id in [4, 1, 99]", [1, 4]),
         (EXAMPLE, []),
+        ("license in []", []),
+        ("license not in []", [1, 2, 4]),
+        ("width in ()", []),
+        ("day >= date('2021-06-01')", [2, 4]),
+        ("not day < date('2021-06-01')", [2, 4]),
+        ("day not in [date('2021-06-01'), date('1999-01-01')]", [1, 4]),
+        ("date('2020-02-01') < taken < datetime('2022-03-01T12:00')", [2]),
+        ("taken in [datetime('2022-03-01 12:00')]", [4]),
     ],
 )
 def test_a_text_selects_rows(text: str, ids: list[int]) -> None:
@@ -72,6 +83,11 @@ def test_a_text_selects_rows(text: str, ids: list[int]) -> None:
         "-" * 100_000 + "1 < width",
         "width in [" + "1," * 1_000_000 + "]",
         "width in [1, 'a']",
+        "width in [caption]",
+        "day > date('1 June')",
+        "day > date('2021-06-01', 'x')",
+        "day > date(2021)",
+        "day > time('12:00')",
         "width > {}",
         "width >= " + "1" * 30,
         "width in [" + "1" * 30 + "]",

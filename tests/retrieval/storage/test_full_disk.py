@@ -1,4 +1,4 @@
-"""Full disks are named, whichever library meets them."""
+"""Full disks and write-protected folders are named, whichever library meets them."""
 
 import errno
 import os
@@ -13,6 +13,7 @@ import pytest
 from retrieval import Root
 from retrieval.errors import NodeError
 from retrieval.storage.full_disk import full_disk_named
+from retrieval.storage.lease import lease
 from retrieval.storage.temp_folders import temporary_folder
 from tests.full_disk import files_of_at_most
 
@@ -53,6 +54,23 @@ def test_a_full_disk_of_temporary_files_is_named_with_its_folder_or_its_target()
             (folder / "x").write_bytes(bytes(20_000))
         with pytest.raises(NodeError, match=r"/x, on its way to memory://full/a/x: the disk"):
             Root("memory://full").write_bytes("a/x", bytes(20_000))
+
+
+def test_a_file_that_cannot_be_written_or_deleted_is_named(tmp_path: Path) -> None:
+    kernel = Root("/sys/kernel")  # root cannot write there either
+    with pytest.raises(NodeError, match=r"/sys/kernel/new cannot be written or deleted: .*Name another"):
+        kernel.write_bytes("new", b"")
+    with pytest.raises(NodeError, match=r"/sys/kernel/new/file cannot be written"):
+        kernel.write_bytes("new/file", b"")
+    with pytest.raises(NodeError, match=r"/sys/kernel/leases cannot be written"), lease(kernel, "update"):
+        pass
+    with pytest.raises(NodeError, match=r"/proc/self/status cannot be written or deleted"):
+        Root("/proc/self").delete_files(["status"])
+    with pytest.raises(NodeError, match=r"/proc/self/status cannot be written or deleted"):
+        Root("/proc/self").delete("status")
+    elsewhere = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/elsewhere/source")
+    with pytest.raises(PermissionError, match="elsewhere"), Root(tmp_path).writing("copy"):
+        raise elsewhere
 
 
 def test_other_errors_are_not_changed(tmp_path: Path) -> None:

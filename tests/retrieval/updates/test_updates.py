@@ -213,6 +213,24 @@ def test_files_of_the_database_before_stay_until_the_next_update(
     assert len(root.list("", "embeddings.npy")) == 1
 
 
+def test_updates_leave_no_empty_folders_and_no_unfinished_files(copied: Callable[[str], Root]) -> None:
+    root = copied("partitions")
+    root.write_bytes("pictures/00000.tar", bytes(10240))
+    killed = root.local_path("pictures/.partial-0-00000.tar")
+    killed.write_bytes(b"of a killed deletion")
+    for number in range(3):
+        delete_from_database(root, [1000 + number])
+    assert not killed.exists()
+    rewritten = [path for path in root.local_path("rewritten").rglob("*") if path.is_dir()]
+    assert [path for path in rewritten if not any(path.iterdir())] == []
+
+
+def test_an_update_of_no_database_makes_no_folder(tmp_path: Path, new_rows: Vectors) -> None:
+    with pytest.raises(UserError, match=r"is no database: it has no manifest\.json"):
+        add(Root(tmp_path / "nowhere"), new_rows)
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_rows_with_the_id_of_an_earlier_row_are_left_out_and_counted(
     copied: Callable[[str], Root], vectors: Vectors, new_rows: Vectors
 ) -> None:
@@ -409,12 +427,28 @@ def test_a_database_that_was_opened_before_it_is_replaced_must_be_opened_again(
     assert (Database.open(replaced.root).search(queries, 10).ids >= 5000).all()
 
 
+def test_columns_of_numbers_of_several_types_are_merged(tmp_path: Path) -> None:
+    years = {"whole": [1900, 1950], "fractions": [1900.5, None], "large": [2**60 + 1, 2]}
+    for first, (name, year) in enumerate(years.items()):
+        rows = pa.table({"image_id": [first * 2, first * 2 + 1], "year": year})
+        build_database(tmp_path / name, clustered(2, seed=first), rows, encoder=IDENTITY)
+    merged = merge_databases(tmp_path / "merged", [Root(tmp_path / "whole"), Root(tmp_path / "fractions")])
+    rows = merged.metadata_at(np.arange(4)).sort_by("image_id")
+    assert rows["year"].to_pylist() == [1900.0, 1950.0, 1900.5, None]
+    assert len(merged.where("year > 1900").search(clustered(1, seed=1), 4).ids[0]) == 2
+    with pytest.raises(UserError, match="different types: Integer value 1152921504606846977 not in range"):
+        merge_databases(tmp_path / "refused", [Root(tmp_path / "fractions"), Root(tmp_path / "large")])
+    assert not (tmp_path / "refused").exists()
+
+
 def test_databases_that_cannot_be_merged_are_refused(tmp_path: Path, vectors: Vectors) -> None:
     for name, year in (("numbers", 1900), ("texts", "1900")):
         rows = pa.table({"image_id": [len(name)], "year": [year]})
         build_database(tmp_path / name, clustered(1, seed=1), rows, encoder=IDENTITY)
+    earlier = merge_databases(tmp_path / "both", [Root(tmp_path / "numbers")])
     with pytest.raises(UserError, match="columns of one name and different types"):
-        merge_databases(tmp_path / "both", [Root(tmp_path / "numbers"), Root(tmp_path / "texts")])
+        merge_databases(earlier.root, [Root(tmp_path / "numbers"), Root(tmp_path / "texts")])
+    assert Database.open(earlier.root).manifest == earlier.manifest
     first = built(tmp_path, vectors[:100], "first").root
     same_ids = built(tmp_path, vectors[100:200], "same").root
     with pytest.raises(UserError, match="100 image ids are in more than one source, such as 1000"):
@@ -436,7 +470,10 @@ def test_databases_that_cannot_be_merged_are_refused(tmp_path: Path, vectors: Ve
     assert not (tmp_path / "merged/manifest.json").exists()
 
 
-def test_two_updates_at_the_same_time_are_refused(copied: Callable[[str], Root], new_rows: Vectors) -> None:
+def test_two_updates_or_builds_at_the_same_time_are_refused(copied: Callable[[str], Root], new_rows: Vectors) -> None:
     root = copied("partitions")
-    with opened_for_update(root), pytest.raises(UserError, match="Only one process at a time may write there"):
-        add(root, new_rows)
+    with opened_for_update(root):
+        with pytest.raises(UserError, match="Only one process at a time may write there"):
+            add(root, new_rows)
+        with pytest.raises(UserError, match="Only one process at a time may write there"):
+            build_database(root, new_rows, encoder=IDENTITY)
