@@ -177,9 +177,9 @@ def compare_rows(keys: pa.Table) -> tuple[Decisions, int]:
 
 def _repeated(ids: Ids) -> npt.NDArray[np.int64]:
     """Numbers of the rows with an id that another row has too, ascending."""
-    order = np.argsort(ids)  # three times faster than a stable sort
-    same = ids[order[1:]] == ids[order[:-1]]
-    return np.union1d(order[1:][same], order[:-1][same])
+    ordered = np.sort(ids)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    return np.flatnonzero(pc.is_in(pa.array(ids), pa.array(repeated)).to_numpy(zero_copy_only=False))
 
 
 def training_ranks(ids: Ids, seed: int) -> Ranks:
