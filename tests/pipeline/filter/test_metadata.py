@@ -105,6 +105,18 @@ def test_hidden_files_and_empty_parts_of_spark_are_left_out(tmp_path: Path) -> N
     assert values(tmp_path) == EXPECTED
 
 
+def test_a_json_object_with_a_key_twice_is_a_bad_row_and_a_file_of_them_an_error(tmp_path: Path) -> None:
+    repeated = b'{"url": "http://a.org/7", "text": "one", "text": "two"}\n'
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + repeated + JSON_LINES)
+    [piece] = plan(tmp_path).pieces
+    assert (piece.rows, piece.bad_rows) == (2, 1)
+    assert values(tmp_path) == EXPECTED
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + 2 * repeated)
+    message = r"none of its 2 rows can be read \(first line 2: an object has the key 'text' more than once\)\. Mend"
+    with pytest.raises(UserError, match=message):
+        plan(tmp_path)
+
+
 def test_rows_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(separated(",") + b"http://a.org/short,x\n" + b"1,2,3,4,5,6,7\n")
     (tmp_path / "b.jsonl").write_bytes(b"[1]\n" + JSON_LINES + b'{"URL": \n' + b"[" * 100_000 + b"\n")
