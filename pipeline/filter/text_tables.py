@@ -330,12 +330,10 @@ def _json_row(line: bytes) -> dict[str, Any] | str:
 
 
 def _json_bytes(value: Any) -> bytes | None:
-    """A text or a number as text, a list or an object as JSON.
+    """A text or a number as text, a list, an object or a truth value as JSON.
 
     A lone surrogate becomes invalid UTF-8, which is cleaned as in other files.
     """
-    if isinstance(value, list | dict):
+    if isinstance(value, list | dict | bool):
         return json.dumps(value).encode()
-    if value is None or isinstance(value, bool):
-        return None
-    return str(value).encode(errors="surrogatepass")
+    return None if value is None else str(value).encode(errors="surrogatepass")
