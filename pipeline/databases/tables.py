@@ -30,6 +30,9 @@ IMAGE_TABLES = (".parquet", ".arrow")
 TABLES = (".csv", ".tsv", ".jsonl", *IMAGE_TABLES)
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 DELIMITERS = ",;\t|"
+LINE_ENDS = ("\n", "\r")
+LAST_ROW = "last row (not in the file)"
+"""A row that is added to a CSV file. It is not read as a row if the file ends in quotes."""
 NO_PICTURES = "a table without pictures"
 Row = dict[str, Any]
 
@@ -246,8 +249,15 @@ def _csv_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
     candidates = [next(csv.reader(io.StringIO(body), delimiter=delimiter), [""]) for delimiter in DELIMITERS]
     with_paths = [cells for cells in candidates if _has_path_column(cells)]
     header = max(with_paths or candidates, key=len)
-    reader = csv.reader(io.StringIO(body), delimiter=DELIMITERS[candidates.index(header)])
+    whole = f"{body}{'' if body.endswith(LINE_ENDS) else LINE_ENDS[0]}{LAST_ROW}"
+    reader = csv.reader(io.StringIO(whole), delimiter=DELIMITERS[candidates.index(header)])
     lines = [(first + reader.line_num - 1, cells) for cells in reader]
+    if lines.pop()[1] != [LAST_ROW]:
+        start = lines[-1][0] + 1 if lines else first
+        raise UserError(
+            f"{path}: a quote in the row that begins in line {start:,} is not closed, so that all lines behind it are"
+            " one cell. Close or remove the quote."
+        )
     columns = ["path", "label"] if _is_path(header[0]) else header
     if too_long := [line for line in lines if any(map(str.strip, line[1][len(columns) :]))]:
         number, cells = too_long[0]

@@ -73,6 +73,18 @@ def test_a_row_with_more_cells_than_columns_is_an_error_that_names_its_line(
         listed(folder / "t.csv")
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_a_quote_that_is_not_closed_is_an_error_that_names_the_line_of_its_row(folder: Path, end: str) -> None:
+    (folder / "t.csv").write_text(f'path,text\na.jpg,"1\n2"\nsub/b.jpg,"open\na.jpg,two{end}')
+    with pytest.raises(
+        UserError, match=r"t\.csv: a quote in the row that begins in line 4 is not closed, .* remove the"
+    ):
+        listed(folder / "t.csv")
+    (folder / "t.csv").write_text(f'path,text\na.jpg,"1\n2"{end}')
+    pictures, missing = listed(folder / "t.csv")
+    assert ([picture.caption for picture in pictures], missing) == (["1\n2"], len(end) // 2)
+
+
 def test_a_json_object_with_a_key_twice_is_an_error_that_names_key_and_place(folder: Path) -> None:
     repeated = '{"file_name": "a.jpg", "text": "one", "text": "two"}'
     (folder / "t.jsonl").write_text(f'\n{{"file_name": "a.jpg"}}\n{repeated}\n')
