@@ -40,8 +40,7 @@ INTRO = """Written by `make bench-pipeline`; the numbers are in `pipeline.json`.
 **Filter.** {rows:,} generated rows with the columns of laion2B-en-joined, on one core. Our filter also
 repairs URLs, computes ids, drops repeated URLs across all files and records checksums. It writes the same
 output as the plain queries: the kept rows in two parts, as Parquet with zstd. An id is the start of the SHA-256
-of the URL, whose share of the time is larger on processors without SHA instructions. Medians of {rounds} interleaved
-rounds."""
+of the URL, which the compiled library computes. Medians of {rounds} interleaved rounds."""
 
 HASHES = "ours, the SHA-256 of the URLs alone"
 

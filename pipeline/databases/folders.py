@@ -15,6 +15,7 @@ from pipeline.databases.imagenet import CLASS_NUMBER
 from pipeline.databases.sources import SIGNATURE_BYTES, FileRange, Item, check_names, is_picture, read_fields, text_of
 from pipeline.databases.tables import IMAGE_TABLES, image_items
 from retrieval.errors import UserError
+from retrieval.storage.data_files import RepeatedKeyError, unique_keys
 from retrieval.storage.listing import HIDDEN, escaped_text, is_hidden, list_files, safe_text
 
 METADATA_SUFFIXES = ("txt", "cls", "json")
@@ -190,7 +191,9 @@ def _member_fields(path: Path, data: bytes, left_out: Counter[str]) -> dict[str,
     if (suffix := path.suffix.lower()) != ".json":
         return {"caption" if suffix == ".txt" else "label": text_of(data)}
     try:
-        content = json.loads(data)
+        content = json.loads(data, object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
+        raise UserError(f"{path}: {error}. Wanted: each key once. Remove or rename one.") from error
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):

@@ -23,12 +23,16 @@ import pyarrow.parquet as pq
 from pipeline.databases.sources import FIELDS, SUFFIXES, Fields, FileRange, Item, check_names, decoded, read_fields
 from retrieval.errors import UserError
 from retrieval.storage.arrow_columns import is_number, plain_type
+from retrieval.storage.data_files import RepeatedKeyError, unique_keys
 from retrieval.storage.listing import is_inside, safe_text
 
 IMAGE_TABLES = (".parquet", ".arrow")
 TABLES = (".csv", ".tsv", ".jsonl", *IMAGE_TABLES)
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 DELIMITERS = ",;\t|"
+LINE_ENDS = ("\n", "\r")
+LAST_ROW = "last row (not in the file)"
+"""A row that is added to a CSV file. It is not read as a row if the file ends in quotes."""
 NO_PICTURES = "a table without pictures"
 Row = dict[str, Any]
 
@@ -120,15 +124,18 @@ def _images(path: Path, version: int, column: str, group: int) -> pa.ChunkedArra
 
 
 def _image_column(path: Path, schema: pa.Schema) -> str:
-    """The first column of pictures: a struct with `bytes`, or bytes under one of IMAGE_COLUMNS; "" if none.
+    """The column of pictures: a struct with `bytes`, or bytes under one of IMAGE_COLUMNS; "" if none.
 
-    Raises UserError if there are only lists of pictures. path: of the table.
+    Raises UserError if there are several, or only lists of pictures. path: of the table.
     """
-    for field in schema:
-        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-            return str(field.name)
-        if plain_type(field.type) == pa.binary() and field.name.lower() in IMAGE_COLUMNS:
-            return str(field.name)
+    columns = [str(field.name) for field in schema if _are_pictures(field)]
+    if len(columns) > 1:
+        raise UserError(
+            f"{path}: the columns {', '.join(map(repr, columns))} have pictures. Wanted: one column of pictures."
+            f"{_without(path, columns[1:])}"
+        )
+    if columns:
+        return columns[0]
     for field in schema:
         if _are_picture_lists(plain_type(field.type)):
             raise UserError(
@@ -136,6 +143,12 @@ def _image_column(path: Path, schema: pa.Schema) -> str:
                 f"{_one_a_row(path, field.name)}"
             )
     return ""
+
+
+def _are_pictures(field: pa.Field) -> bool:
+    if pa.types.is_struct(field.type):
+        return bool(field.type.get_field_index("bytes") >= 0)
+    return plain_type(field.type) == pa.binary() and field.name.lower() in IMAGE_COLUMNS
 
 
 def _are_picture_lists(kind: pa.DataType) -> bool:
@@ -146,15 +159,29 @@ def _are_picture_lists(kind: pa.DataType) -> bool:
 
 def _one_a_row(path: Path, column: str) -> str:
     """The advice to write each picture of the lists in a column as a row of its own."""
-    texts = (str(path), str(path.with_suffix(".flat.parquet")), column)
-    old, new, name = (json.dumps(text, ensure_ascii=False) for text in texts)
+    name = json.dumps(column, ensure_ascii=False)
+    change = (
+        f"t = t.combine_chunks(); c = t[{name}]; t = t.drop_columns([{name}]).take(pc.list_parent_indices(c));"
+        f" t = t.append_column({name}, pc.list_flatten(c))"
+    )
+    return f" {_rewriting(path, '.flat', change)}"
+
+
+def _without(path: Path, columns: list[str]) -> str:
+    """The advice to remove columns of pictures."""
+    change = f"t = t.drop_columns({json.dumps(columns, ensure_ascii=False)})"
+    return f" Choose the columns to remove. {_rewriting(path, '.one', change)}"
+
+
+def _rewriting(path: Path, mark: str, change: str) -> str:
+    """The advice to run a program that changes the table `t` of a file. mark: for the name of the new file."""
+    old, new = (json.dumps(str(p), ensure_ascii=False) for p in (path, path.with_suffix(f"{mark}.parquet")))
     read = f"pq.read_table({old})" if path.suffix.lower() == ".parquet" else f"pa.ipc.open_stream({old}).read_all()"
     program = (
         "import pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq;"
-        f" t = {read}.combine_chunks(); c = t[{name}]; t = t.drop_columns([{name}]).take(pc.list_parent_indices(c));"
-        f" pq.write_table(t.append_column({name}, pc.list_flatten(c)), {new})"
+        f" t = {read}; {change}; pq.write_table(t, {new})"
     )
-    return f" Run: python3 -c {shlex.quote(program)} and then remove the old file."
+    return f"Run: python3 -c {shlex.quote(program)} and then remove the old file."
 
 
 def _image_free_rows(path: Path, schema: pa.Schema) -> list[Row]:
@@ -192,7 +219,7 @@ def _read_table(path: Path) -> tuple[list[str], list[Row]]:
         schema, _ = _schema(path)
         return schema.names, _image_free_rows(path, schema)
     try:
-        text = decoded(path.read_bytes()).lstrip("\r\n")
+        text = decoded(path.read_bytes())
         return _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
     except (OSError, csv.Error) as error:
         raise UserError(f"{path} is not a readable table: {error}") from error
@@ -201,9 +228,15 @@ def _read_table(path: Path) -> tuple[list[str], list[Row]]:
 def _json_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
     """The objects of JSON lines; a line that is no object is an empty row."""
     rows: list[Row] = []
-    for line in io.StringIO(text, newline=None):  # str.splitlines also divides at characters that texts may have
+    body, first = _body(text)
+    lines = io.StringIO(body, newline=None)  # str.splitlines also divides at characters that texts may have
+    for number, line in enumerate(lines, first):
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=unique_keys)
+        except RepeatedKeyError as error:
+            raise UserError(
+                f"{path}, line {number:,}: {error}. Wanted: each key once. Remove or rename one."
+            ) from error
         except (ValueError, RecursionError):
             row = None
         rows.append(row if isinstance(row, dict) else {})
@@ -212,18 +245,41 @@ def _json_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
 
 
 def _csv_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
-    if text.startswith("sep="):  # Excel
-        text = text.partition("\n")[2].lstrip("\r\n")
-    candidates = [next(csv.reader(io.StringIO(text), delimiter=delimiter), [""]) for delimiter in DELIMITERS]
+    body, first = _body(text)
+    candidates = [next(csv.reader(io.StringIO(body), delimiter=delimiter), [""]) for delimiter in DELIMITERS]
     with_paths = [cells for cells in candidates if _has_path_column(cells)]
     header = max(with_paths or candidates, key=len)
-    lines = list(csv.reader(io.StringIO(text), delimiter=DELIMITERS[candidates.index(header)]))
-    if _is_path(header[0]):
+    whole = f"{body}{'' if body.endswith(LINE_ENDS) else LINE_ENDS[0]}{LAST_ROW}"
+    reader = csv.reader(io.StringIO(whole), delimiter=DELIMITERS[candidates.index(header)])
+    lines = [(first + reader.line_num - 1, cells) for cells in reader]
+    if lines.pop()[1] != [LAST_ROW]:
+        start = lines[-1][0] + 1 if lines else first
+        raise UserError(
+            f"{path}: a quote in the row that begins in line {start:,} is not closed, so that all lines behind it are"
+            " one cell. Close or remove the quote."
+        )
+    columns = ["path", "label"] if _is_path(header[0]) else header
+    if too_long := [line for line in lines if any(map(str.strip, line[1][len(columns) :]))]:
+        number, cells = too_long[0]
+        raise UserError(
+            f"{path}, line {number:,} has {len(cells)} cells. Wanted: at most {len(columns)}"
+            f" ({', '.join(columns)}). Rows with more: {len(too_long):,}. Quote cells that contain the separator, or"
+            " remove cells."
+        )
+    if columns is not header:
         classes = _classes(path)
-        cells = [[*line, "", ""][:2] for line in lines]
-        return ["path", "label"], [{"path": file, "label": classes.get(number, "")} for file, number in cells]
+        named = [[*cells, "", ""][:2] for _, cells in lines]
+        return columns, [{"path": file, "label": classes.get(label, "")} for file, label in named]
     check_names(header, path)
-    return header, [dict(zip(header, line, strict=False)) for line in lines[1:]]
+    return header, [dict(zip(header, cells, strict=False)) for _, cells in lines[1:]]
+
+
+def _body(text: str) -> tuple[str, int]:
+    """A text without empty lines and the line `sep=` of Excel at its beginning, and the number of its first line."""
+    body = text.lstrip("\r\n")
+    if body.startswith("sep="):
+        body = body.partition("\n")[2].lstrip("\r\n")
+    return body, 1 + len(io.StringIO(text[: len(text) - len(body)], newline=None).readlines())
 
 
 def _has_path_column(cells: list[str]) -> bool:

@@ -20,11 +20,13 @@ from pipeline.filter.thresholds import dropped_rows, threshold_columns
 from pipeline.recipe import FilterConfig
 from pipeline.web.blocklist import Blocklist
 from pipeline.web.urls import canonical_column, hash_urls
-from retrieval.storage.arrow_columns import numbers, pixels, texts
+from retrieval.storage.arrow_columns import is_text, numbers, pixels, texts
 from retrieval.storage.schema import Reason
 
 RULE_COLUMNS = ("url", "width", "height", "pwatermark", "punsafe")
 NO_LIMIT = (1 << 64) - 1
+NO_VALUE = pa.array(["", "nan", "none", "null", "na", "n/a"])
+"""Texts in place of a score that is missing, in any case."""
 
 KEY_SCHEMA = pa.schema(
     [
@@ -129,11 +131,21 @@ def _corrected_urls(original: pa.StringArray, urls: pa.StringArray, first_row: i
 
 
 def _score(column: pa.Array, keep_missing: bool) -> tuple[npt.NDArray[np.float64], Mask]:
-    """The scores, 0 if missing, and which rows have one or need none."""
+    """The scores, 0 if missing, and which rows have one or need none. A text such as `0,9` is neither."""
     values = numbers(column)
     known = values.is_valid().to_numpy(zero_copy_only=False)
     filled = pc.fill_null(values, 0.0).to_numpy(zero_copy_only=False)
-    return filled, known | keep_missing
+    return filled, known | _is_missing(column) if keep_missing else known
+
+
+def _is_missing(column: pa.Array) -> Mask:
+    """Which rows have no value: null, NaN or a text of NO_VALUE."""
+    if is_text(column.type):
+        text = pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(texts(column, errors="replace"), "")))
+        missing = pc.is_in(text, NO_VALUE)
+    else:
+        missing = column.cast(pa.float64(), safe=False).is_null(nan_is_null=True)
+    return np.asarray(missing.to_numpy(zero_copy_only=False), bool)
 
 
 def split_into_buckets(keys: pa.Table, num_buckets: int) -> list[pa.RecordBatch]:
@@ -177,9 +189,9 @@ def compare_rows(keys: pa.Table) -> tuple[Decisions, int]:
 
 def _repeated(ids: Ids) -> npt.NDArray[np.int64]:
     """Numbers of the rows with an id that another row has too, ascending."""
-    order = np.argsort(ids)  # three times faster than a stable sort
-    same = ids[order[1:]] == ids[order[:-1]]
-    return np.union1d(order[1:][same], order[:-1][same])
+    ordered = np.sort(ids)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    return np.flatnonzero(pc.is_in(pa.array(ids), pa.array(repeated)).to_numpy(zero_copy_only=False))
 
 
 def training_ranks(ids: Ids, seed: int) -> Ranks:

@@ -22,6 +22,7 @@ import pyarrow.csv
 from pipeline.filter.metadata_formats import MetadataFormat
 from pipeline.filter.text_checks import LineEncodings, RowPatterns, from_json_array, require_utf8, to_json_lines
 from retrieval.errors import UserError
+from retrieval.storage.data_files import unique_keys
 from retrieval.storage.root import Root
 
 CSV_SUFFIXES, JSON_SUFFIXES = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
@@ -43,6 +44,8 @@ class TextTable:
     rows: int
     bad_rows: int
     """Number of further rows that cannot be read."""
+    first_bad: str = ""
+    """Line of the first of them, and why it cannot be read; only of JSON lines."""
     nested: Counter[frozenset[str]] = field(default_factory=Counter)
     """Number of rows with lists or objects as values, by the columns with them."""
 
@@ -259,18 +262,20 @@ def _inspect_json(source: Root, name: str) -> TextTable:
     names: dict[str, None] = {}
     nested: Counter[frozenset[str]] = Counter()
     rows = bad_rows = 0
+    first_bad = ""
     encodings = LineEncodings()
     _refuse_array(source, name)
     for row in _json_rows(source, name, encodings):
-        if row is None:
+        if isinstance(row, str):
             bad_rows += 1
+            first_bad = first_bad or f"line {encodings.lines:,}: {row}"
             continue
         rows += 1
         names.update(dict.fromkeys(row))
         if columns := [key for key, value in row.items() if isinstance(value, list | dict)]:
             nested[frozenset(columns)] += 1
     encodings.require_utf8(source.at(name))
-    return TextTable(tuple(names), rows, bad_rows, nested)
+    return TextTable(tuple(names), rows, bad_rows, first_bad, nested)
 
 
 def _refuse_array(source: Root, name: str) -> None:
@@ -296,15 +301,15 @@ def _json_batches(source: Root, name: str, columns: Sequence[str], flat: Collect
     rows = (
         row
         for row in _json_rows(source, name, LineEncodings())
-        if row is not None and not any(isinstance(row.get(column), list | dict) for column in flat)
+        if not isinstance(row, str) and not any(isinstance(row.get(column), list | dict) for column in flat)
     )
     while batch := list(islice(rows, BATCH_ROWS)):
         arrays = [pa.array([_json_bytes(row.get(column)) for row in batch], pa.binary()) for column in columns]
         yield pa.record_batch(arrays, list(columns))
 
 
-def _json_rows(source: Root, name: str, encodings: LineEncodings) -> Iterator[dict[str, Any] | None]:
-    """The object in each line; None for other lines. Empty lines are no rows. encodings: counts the lines."""
+def _json_rows(source: Root, name: str, encodings: LineEncodings) -> Iterator[dict[str, Any] | str]:
+    """As `_json_row`, of each line. Empty lines are no rows. encodings: counts the lines."""
     with _opened(source, name) as stream:
         lines = io.BufferedReader(stream, MAX_ROW_BYTES)
         while line := lines.readline(MAX_ROW_BYTES):
@@ -315,21 +320,20 @@ def _json_rows(source: Root, name: str, encodings: LineEncodings) -> Iterator[di
                 yield _json_row(line)
 
 
-def _json_row(line: bytes) -> dict[str, Any] | None:
+def _json_row(line: bytes) -> dict[str, Any] | str:
+    """The object in a line, or why it cannot be read."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+        row = json.loads(line, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return row if isinstance(row, dict) else "it is no object"
 
 
 def _json_bytes(value: Any) -> bytes | None:
-    """A text or a number as text, a list or an object as JSON.
+    """A text or a number as text, a list, an object or a truth value as JSON.
 
     A lone surrogate becomes invalid UTF-8, which is cleaned as in other files.
     """
-    if isinstance(value, list | dict):
+    if isinstance(value, list | dict | bool):
         return json.dumps(value).encode()
-    if value is None or isinstance(value, bool):
-        return None
-    return str(value).encode(errors="surrogatepass")
+    return None if value is None else str(value).encode(errors="surrogatepass")

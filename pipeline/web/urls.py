@@ -6,7 +6,6 @@ are encoded by UTS #46, the mapping of IDNA 2008 that browsers use. Other scheme
 and missing hosts have no canonical URL.
 """
 
-import hashlib
 import ipaddress
 import re
 from urllib.parse import quote
@@ -17,9 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrieval.kernel.texts import find_clean_urls, sha256_digests
+
 MAX_URL_CHARS = 4096
-HASHED_ROWS = 1 << 12
-"""URLs that are Python objects at a time: few enough that the allocator reuses their memory."""
 
 _PARTS = re.compile(r"(https?)://([^/?#\\]*)([^#]*)", re.IGNORECASE | re.ASCII)
 _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::([0-9]{0,9}))?")
@@ -87,24 +86,25 @@ def _ascii_name(name: str) -> str:
 
 def canonical_column(urls: pa.StringArray) -> pa.StringArray:
     """The canonical spelling of each URL; null for those without one."""
-    short = pc.less_equal(pc.binary_length(urls), MAX_URL_CHARS)
-    is_clean = pc.fill_null(pc.and_(short, pc.match_substring_regex(urls, _CLEAN)), False)
-    if pc.all(is_clean, min_count=0).as_py():
+    found = find_clean_urls(urls, MAX_URL_CHARS)
+    is_clean = _match_clean(urls) if found is None else found
+    if is_clean.all():
         return urls
-    not_clean = pc.invert(is_clean)
+    not_clean = pa.array(~is_clean)
     canonical = [(url and canonical_url(url)) or None for url in urls.filter(not_clean).to_pylist()]
     return pc.replace_with_mask(urls, not_clean, pa.array(canonical, pa.string()))
 
 
+def _match_clean(urls: pa.StringArray) -> npt.NDArray[np.bool_]:
+    """As `find_clean_urls`, and ports, by a pattern."""
+    short = pc.less_equal(pc.binary_length(urls), MAX_URL_CHARS)
+    is_clean = pc.fill_null(pc.and_(short, pc.match_substring_regex(urls, _CLEAN)), False)
+    return np.asarray(is_clean.to_numpy(zero_copy_only=False))
+
+
 def hash_urls(urls: pa.StringArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
     """Image ids of canonical URLs (`retrieval.storage.schema.image_id`), and 32 more bits of each hash."""
-    empty, raw, digests = hashlib.sha256(), urls.cast(pa.binary()), bytearray()
-    for first in range(0, len(raw), HASHED_ROWS):
-        for url in raw.slice(first, HASHED_ROWS).to_pylist():
-            digest = empty.copy()  # 10 % faster than a new object, for which OpenSSL looks up the algorithm
-            digest.update(url)
-            digests += digest.digest()
-    words = np.frombuffer(digests, "<i8").reshape(-1, 4)
+    words = sha256_digests(urls).view("<i8")
     return words[:, 0], words[:, 1].astype(np.uint32)
 
 

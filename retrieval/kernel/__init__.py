@@ -1,4 +1,4 @@
-"""Kernel: a small C++ library that searches inverted lists and helps to build them; without it faiss does both.
+"""Kernel: a small C++ library that searches inverted lists, helps to build them, and hashes texts.
 
-The results are nearly the same.
+Without it faiss and `hashlib` do the same: the digests are equal, the results of searches nearly.
 """

@@ -2,7 +2,8 @@
 
 The library is kept in `laion-rdm/` below XDG_CACHE_HOME or `~/.cache`. Its name has the digest of sources and flags, so
 changed sources are compiled again, and the libraries of other sources are deleted. Without g++, on other processors
-than x86-64 with AVX2, and without a home folder there is no library, and searches and builds use faiss alone.
+than x86-64 with AVX2, and without a home folder there is no library: searches and builds use faiss alone, and hashes
+of texts take longer.
 """
 
 import ctypes
@@ -35,9 +36,9 @@ def library() -> ctypes.CDLL | None:
         if not loaded.is_supported():
             raise OSError("the processor has no AVX2, FMA or F16C")
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.info("inverted lists are searched by faiss alone: %s", error)
+        logger.info("inverted lists are searched by faiss alone, and texts are hashed by hashlib: %s", error)
         return None
-    logger.info("inverted lists are searched by the compiled library %s", loaded._name)
+    logger.info("inverted lists are searched and texts are hashed by the compiled library %s", loaded._name)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.search.argtypes = (pointer, pointer, number, pointer, pointer, pointer, number)
     loaded.measure.argtypes = (pointer, pointer, pointer, pointer, pointer)
@@ -49,6 +50,8 @@ def library() -> ctypes.CDLL | None:
     for convert in (loaded.to_floats, loaded.to_halves):
         convert.argtypes, convert.restype = (pointer, number, pointer), None
     loaded.to_units.argtypes = (pointer, number, number, pointer)
+    loaded.hash_texts.argtypes, loaded.hash_texts.restype = (pointer, pointer, number, pointer), None
+    loaded.find_clean_urls.argtypes, loaded.find_clean_urls.restype = (pointer, pointer, number, number, pointer), None
     loaded.count_visible.argtypes, loaded.count_visible.restype = (pointer, pointer, pointer, pointer), None
     loaded.copy_visible.argtypes, loaded.copy_visible.restype = (pointer, pointer, pointer), None
     return loaded

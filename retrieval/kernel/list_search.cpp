@@ -1,6 +1,6 @@
 // Searches the inverted lists of faiss.IndexIVFPQFastScan for single queries, and ranks the candidates by float16 rows.
 // For builds it ranks the centroids nearest to rows (centroid_ranking.h), computes codes (row_codes.h) and
-// converts numbers and rows (conversions.h).
+// converts numbers and rows (conversions.h); for ids it finds clean URLs (clean_urls.h) and hashes texts (sha256.h).
 //
 // Reads packed 4-bit codes and rows in mapped files, and copies of the ids and of the graph over centroids. It works
 // as faiss does, but walks by 8-bit centroids, leaves out lists and candidates that probably are no neighbors, and
@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #include "centroid_ranking.h"
+#include "clean_urls.h"
 #include "code_scan.h"
 #include "few_rows.h"
 #include "filtered_lists.h"
@@ -19,6 +20,7 @@
 #include "lists.h"
 #include "ranking.h"
 #include "row_codes.h"
+#include "sha256.h"
 
 #include <algorithm>
 #include <atomic>
@@ -304,6 +306,20 @@ int to_units(const float* rows, int64_t count, int64_t dim, float* units) {
     for (int64_t i = 0; i < count; ++i)
         if (!to_unit(rows + i * dim, dim, units + i * dim)) return 0;
     return 1;
+}
+
+// Writes the SHA-256 of texts, (count, 32). offsets: of each text and of the end, into `bytes`.
+void hash_texts(const uint8_t* bytes, const int32_t* offsets, int64_t count, uint8_t* digests) {
+    for (int64_t i = 0; i < count; i += TEXTS_AT_ONCE)
+        hash_group(bytes, offsets + i, std::min<int64_t>(count - i, TEXTS_AT_ONCE), digests + 32 * i);
+}
+
+// Writes which of the texts, as in `hash_texts`, are clean URLs of at most `max_length` bytes, (count,) of 0 or 1.
+void find_clean_urls(const uint8_t* bytes, const int32_t* offsets, int64_t count, int64_t max_length, bool* results) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t length = offsets[i + 1] - offsets[i];
+        results[i] = length <= max_length && is_clean_url(bytes + offsets[i], length);
+    }
 }
 
 } // extern "C"

@@ -1,7 +1,9 @@
-"""Files that other programs wrote: a file or a folder of files, without hidden ones."""
+"""Files that other programs wrote: a file or a folder of files, without hidden ones; JSON in which no key repeats."""
 
 import logging
 import os
+from collections import Counter
+from typing import Any
 
 from retrieval.errors import UserError
 from retrieval.storage.listing import data_names, described
@@ -11,6 +13,19 @@ HIDDEN_PREFIXES = "._"
 """First characters of the names of files and folders that are no data."""
 
 log = logging.getLogger("listing")
+
+
+class RepeatedKeyError(ValueError):
+    """A JSON object has a key more than once, so one of the values would be lost."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` of `json.loads` that raises RepeatedKeyError."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise RepeatedKeyError(f"an object has the key {key!r} more than once")
+    return values
 
 
 def split_path(path: str | os.PathLike[str]) -> tuple[Root, str]:

@@ -45,8 +45,8 @@ def test_every_separator_and_encoding_is_read(folder: Path, separator: str, enco
     assert pictures[1].label == "Jugendstil (schön)"
 
 
-def test_blank_short_and_long_rows_are_counted(folder: Path) -> None:
-    (folder / "t.csv").write_text("\nlabel,path\na,a.jpg\n\nb\n,\nc,sub/b.jpg,more\nd,  \n")
+def test_blank_and_short_rows_are_counted_and_empty_cells_behind_a_row_ignored(folder: Path) -> None:
+    (folder / "t.csv").write_text("\nlabel,path\na,a.jpg\n\nb\n,\nc,sub/b.jpg,, \nd,  \n")
     pictures, missing = listed(folder / "t.csv")
     assert ([picture.name for picture in pictures], missing) == (["a.jpg", "sub/b.jpg"], 4)
     pq.write_table(pa.table({"path": [None, "a.jpg", ""], "label": ["x", None, "z"]}), folder / "t.parquet")
@@ -55,6 +55,47 @@ def test_blank_short_and_long_rows_are_counted(folder: Path) -> None:
     (folder / "m.jsonl").write_text('{"file_name": "a.jpg", "text": "A"}\n\n{broken\n{"file_name": null}\n[1]\n')
     pictures, missing = listed(folder / "m.jsonl")
     assert ([picture.caption for picture in pictures], missing) == (["A"], 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,text\na.jpg,one\n\nsub/b.jpg,two, three\na.jpg,a,b,c\n", r"line 4 has 3 .* 2 \(path, text\).*more: 2\."),
+        ('sep=;\n\npath;text\na.jpg;"one\ntwo"\nsub/b.jpg;2;3\n', r"line 6 has 3 cells\. .*more: 1\."),
+        ("a.jpg,0\nsub/b.jpg,1,baroque\n", r"line 2 has 3 cells\. Wanted: at most 2 \(path, label\)"),
+    ],
+)
+def test_a_row_with_more_cells_than_columns_is_an_error_that_names_its_line(
+    folder: Path, text: str, message: str
+) -> None:
+    (folder / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=rf"t\.csv, {message}"):
+        listed(folder / "t.csv")
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_a_quote_that_is_not_closed_is_an_error_that_names_the_line_of_its_row(folder: Path, end: str) -> None:
+    (folder / "t.csv").write_text(f'path,text\na.jpg,"1\n2"\nsub/b.jpg,"open\na.jpg,two{end}')
+    with pytest.raises(
+        UserError, match=r"t\.csv: a quote in the row that begins in line 4 is not closed, .* remove the"
+    ):
+        listed(folder / "t.csv")
+    (folder / "t.csv").write_text(f'path,text\na.jpg,"1\n2"{end}')
+    pictures, missing = listed(folder / "t.csv")
+    assert ([picture.caption for picture in pictures], missing) == (["1\n2"], len(end) // 2)
+
+
+def test_a_json_object_with_a_key_twice_is_an_error_that_names_key_and_place(folder: Path) -> None:
+    repeated = '{"file_name": "a.jpg", "text": "one", "text": "two"}'
+    (folder / "t.jsonl").write_text(f'\n{{"file_name": "a.jpg"}}\n{repeated}\n')
+    with pytest.raises(
+        UserError, match=r"t\.jsonl, line 3: an object has the key 'text' more than once\. Wanted: each"
+    ):
+        listed(folder / "t.jsonl")
+    (folder / "t.jsonl").unlink()
+    (folder / "a.json").write_text(repeated)
+    with pytest.raises(UserError, match=r"a\.json: an object has the key 'text' more than once"):
+        listed(folder)
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
@@ -188,6 +229,29 @@ def test_a_column_that_occurs_twice_is_an_error_that_names_it(folder: Path) -> N
     for name in ("t.parquet", "i.parquet", "t.csv"):
         with pytest.raises(UserError, match=f"{name} has the columns 'text' and 'text'"):
             listed(folder / name)
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
+def test_two_columns_of_pictures_are_an_error_with_a_command_that_removes_one(tmp_path: Path, name: str) -> None:
+    images = pa.array([{"bytes": jpeg("red"), "path": None}])
+    table = pa.table({"image": images, "text": ["red"], "mask": images, "jpg": [b"x"]})
+    path = tmp_path / "it's" / name
+    path.parent.mkdir()
+    if name == "t.parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    for source in (path, path.parent):
+        with pytest.raises(
+            UserError, match=rf"{name}: the columns 'image', 'mask', 'jpg' have pictures\. Wanted"
+        ) as error:
+            listed(source)
+    command = str(error.value).partition("Run: ")[2].removesuffix(" and then remove the old file.")
+    subprocess.run(command.replace("python3", sys.executable, 1), shell=True, check=True)
+    path.unlink()
+    [picture] = listed(path.parent)[0]
+    assert (picture.caption, picture.content.read()) == ("red", jpeg("red"))
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])

@@ -105,6 +105,28 @@ def test_hidden_files_and_empty_parts_of_spark_are_left_out(tmp_path: Path) -> N
     assert values(tmp_path) == EXPECTED
 
 
+def test_a_truth_value_in_json_is_a_text_and_not_a_missing_value(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"url": "http://a.org/1", "text": "x", "width": 1, "height": 1, "punsafe": true}\n'
+    )
+    config = FilterConfig(metadata=str(tmp_path), missing_watermark="keep")
+    metadata = plan_pieces(config, {})
+    [batch] = read_piece(metadata, metadata.pieces[0], ["punsafe"])
+    assert batch["punsafe"].to_pylist() == [b"true"]
+
+
+def test_a_json_object_with_a_key_twice_is_a_bad_row_and_a_file_of_them_an_error(tmp_path: Path) -> None:
+    repeated = b'{"url": "http://a.org/7", "text": "one", "text": "two"}\n'
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + repeated + JSON_LINES)
+    [piece] = plan(tmp_path).pieces
+    assert (piece.rows, piece.bad_rows) == (2, 1)
+    assert values(tmp_path) == EXPECTED
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + 2 * repeated)
+    message = r"none of its 2 rows can be read \(first line 2: an object has the key 'text' more than once\)\. Mend"
+    with pytest.raises(UserError, match=message):
+        plan(tmp_path)
+
+
 def test_rows_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(separated(",") + b"http://a.org/short,x\n" + b"1,2,3,4,5,6,7\n")
     (tmp_path / "b.jsonl").write_bytes(b"[1]\n" + JSON_LINES + b'{"URL": \n' + b"[" * 100_000 + b"\n")

@@ -97,6 +97,15 @@ def test_each_missing_value_can_be_accepted_while_unsafe_rows_are_dropped() -> N
     assert apply_to_row(keep, width=None, pwatermark=0.9) == ([(100, False)], {})
 
 
+def test_a_score_that_cannot_be_read_is_not_taken_for_a_missing_one() -> None:
+    keep = rules(missing_watermark="keep", missing_safety="keep")
+    for name in ("punsafe", "pwatermark"):
+        for value in ("0,9", "90%", "true", "inf", b"\xff", float("inf")):
+            assert apply_to_row(keep, **{name: value}) == ([], {"no_score": 1}), value
+        for value in (None, "", " ", "NaN", "None", "null", "N/A", float("nan")):
+            assert apply_to_row(keep, **{name: value}) == ([(100, True)], {}), value
+
+
 def test_a_listed_image_is_blocked() -> None:
     listed = replace(RULES, blocklist=Blocklist(np.array([image_id("http://a.org/1")])))
     assert apply_to_row(listed) == ([], {"blocked": 1})

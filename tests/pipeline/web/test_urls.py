@@ -2,6 +2,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.web.urls import MAX_URL_CHARS, canonical_column, canonical_url, hash_urls, host_name, url_ids
+from retrieval.kernel import texts
 from retrieval.storage.schema import image_id
 
 SPELLINGS = [
@@ -83,13 +84,22 @@ def test_a_url_that_must_not_be_fetched_has_no_canonical_spelling(url: str) -> N
     assert canonical_url(url) == ""
 
 
+@pytest.fixture(params=["library", "pattern"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled library, where there is one, and the pattern that replaces it."""
+    if request.param == "pattern":
+        monkeypatch.setattr(texts, "library", lambda: None)
+
+
+@pytest.mark.usefixtures("engine")
 def test_a_column_gets_the_same_spellings_as_single_urls() -> None:
     urls = [url for url, _ in SPELLINGS] + [url for url in REFUSED if "\ud800" not in url] + [None]
     column = canonical_column(pa.array(urls, pa.string()))
     assert column.to_pylist() == [(url and canonical_url(url)) or None for url in urls]
 
 
-def test_the_fast_pattern_accepts_only_canonical_urls() -> None:
+@pytest.mark.usefixtures("engine")
+def test_the_fast_checks_accept_only_canonical_urls() -> None:
     characters = [chr(code) for code in range(1, 0x180)]
     urls = [
         shape.format(character)
@@ -106,6 +116,7 @@ def test_the_fast_pattern_accepts_only_canonical_urls() -> None:
     assert column.to_pylist() == [canonical_url(url) or None for url in urls]
 
 
+@pytest.mark.usefixtures("engine")
 def test_a_column_gets_the_ids_of_single_urls() -> None:
     urls = [f"http://example.org/{n}" for n in range(50)]
     ids, check = hash_urls(pa.array(urls))
