@@ -40,7 +40,7 @@ retrieval/extras: errors
 retrieval/imports: arrow_files clip config database errors index recipe storage
 retrieval/file_cache: errors storage
 retrieval/index: errors file_cache kernel storage
-retrieval/join: database index recipe
+retrieval/join: database index kernel recipe
 retrieval/kernel:
 retrieval/lazy: extras
 retrieval/perceptual_hash:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from retrieval.index.partition import Partition
 from retrieval.index.rerank import CodedRows, StoredRows
+from retrieval.kernel.list_search import ListSearch
 
 SENT_ROWS = 32_768
 """Rows in one pinned buffer, 50 MB of 768 dimensions."""
@@ -33,6 +34,11 @@ class DeviceRows:
         if self.device.type == "cuda":
             return _sent(rows, self.device)
         return rows if isinstance(rows, CodedRows) else torch.from_numpy(rows)
+
+    @property
+    def list_search(self) -> ListSearch | None:
+        """The compiled search of the lists, on a CPU."""
+        return self.partition.files.list_search if self.device.type == "cpu" else None
 
     def __len__(self) -> int:
         return len(self.partition.embeddings)

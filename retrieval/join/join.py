@@ -1,7 +1,8 @@
 """The k-nearest-neighbor join: the neighbors of millions of queries, such as all training images.
 
-A join groups its queries by partition, and within a partition by inverted list (`candidates.py`), and ranks the best
-candidates in float32. It leaves out near copies of a query, itself included. One partition is open at a time.
+A join groups its queries by partition. In a partition it searches inverted lists: on a CPU by the compiled library
+(`list_join.py`), on a GPU and without the library by matrix products (`candidates.py`), whose best candidates are
+ranked in float32. It leaves out near copies of a query, itself included. One partition is open at a time.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from retrieval.index.routing import Vectors, route
 from retrieval.index.top_k import Positions, empty_top_k, merge_top_k, top_k
 from retrieval.join.candidates import CandidateSettings, find_candidates
 from retrieval.join.device_rows import DeviceRows
+from retrieval.join.list_join import join_lists
 from retrieval.recipe import JoinConfig
 
 QUERIES_RANKED_AT_ONCE = 64
@@ -75,10 +77,7 @@ def join_rows(stored: DeviceRows, queries: Vectors, config: JoinConfig) -> JoinR
     if not config.lists_per_partition or config.lists_per_partition >= len(lists[0]) - 1:
         similarities, rows, copies = _compare_all(stored, tensor, config)
     else:
-        settings = CandidateSettings(config.k, config.lists_per_partition, config.near_copy_similarity)
-        candidates, skipped = find_candidates((stored, lists), tensor, settings)
-        similarities, rows, copies = _rank(stored, tensor, candidates, config)
-        copies += skipped
+        similarities, rows, copies = _join_lists(stored, tensor, config)
         short = similarities.isneginf().any(dim=1).nonzero()[:, 0]
         if len(short):  # the lists had too few rows, or too many near copies
             similarities[short], rows[short], copies[short] = _compare_all(stored, tensor[short], config)
@@ -87,6 +86,17 @@ def join_rows(stored: DeviceRows, queries: Vectors, config: JoinConfig) -> JoinR
     similarities = similarities.where(similarities.isneginf(), similarities.clamp(-1, 1))
     best = top_k(similarities.cpu().numpy(), rows.cpu().numpy(), config.k)
     return JoinResult(*best, copies.cpu().numpy())
+
+
+def _join_lists(stored: DeviceRows, queries: Tensor, config: JoinConfig) -> Best:
+    """The best rows of the lists that each query visits, -inf where there are fewer than k."""
+    if (search := stored.list_search) is not None:
+        similarities, rows, copies = map(torch.from_numpy, join_lists(stored, search, queries.numpy(), config))
+        return similarities, rows, copies
+    settings = CandidateSettings(config.k, config.lists_per_partition, config.near_copy_similarity)
+    candidates, skipped = find_candidates((stored, stored.partition.lists), queries, settings)
+    similarities, rows, copies = _rank(stored, queries, candidates, config)
+    return similarities, rows, copies + skipped
 
 
 def _compare_all(stored: DeviceRows, queries: Tensor, config: JoinConfig) -> Best:

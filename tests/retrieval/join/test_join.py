@@ -71,8 +71,8 @@ def test_a_search_in_lists_finds_the_best_rows_of_the_visited_lists(in_lists: Da
     products[~(numbers[None, None, :] == visited[:, :, None]).any(axis=1)] = -np.inf
     true = -np.sort(-products, axis=1)[:, :8]
     result = join_database(in_lists, queries, settings(lists=32))
-    # Lists are compared in bfloat16: the last list may differ, and lists of equal similarity are all visited.
-    assert (result.similarities >= true - 1e-3).mean() > 0.99
+    # A search ends before lists that probably have no neighbors.
+    assert (result.similarities >= true - 1e-3).mean() > 0.98
 
 
 def test_results_do_not_depend_on_the_batch(in_lists: Database) -> None:
