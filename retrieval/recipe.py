@@ -108,7 +108,7 @@ class JoinConfig(Config):
     partitions_per_query: int
     """Partitions that a query visits; 0: all."""
     lists_per_partition: int = 0
-    """Inverted lists that it visits in each partition; 0: compare all rows exactly, in float32."""
+    """Inverted lists that it visits at most in each partition; 0: compare all rows exactly, in float32."""
     query_block: int = runtime_setting(2048, ge=1)
     """Queries that an exact comparison takes at once."""
     row_block: int = runtime_setting(32768, ge=1)

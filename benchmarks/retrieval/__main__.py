@@ -48,7 +48,7 @@ def main() -> None:
     result: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     result |= {"hardware": hardware(), "rows": options.rows, "seed": options.seed, "rounds": ROUNDS, "builds": builds}
     sizes = SIZES if options.rows == FULL_ROWS else [options.rows]
-    cases = [case for case in CASES if case.name in options.cases]
+    cases = [case for case in CASES if case is CASES[0] or case.name in options.cases]
     built = [method for method in methods if method.name in builds]
     measurements = {
         "search": lambda: measure_search(data, built, failures, cases),
@@ -61,7 +61,7 @@ def main() -> None:
         result[part] = measurements[part]()
         write_atomically(record, json.dumps(result, indent=1) + "\n")
         print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
-    whole = len(cases) == len(CASES) and set(PARTS) <= result.keys()
+    whole = set(PARTS) <= result.keys() and len(result["search"].get("cases", [])) == len(CASES)
     full = options.rows == FULL_ROWS and not options.seed and whole
     result["races"] = other_races(options.scratch, result)
     report.write(result, DOCS if full else options.scratch)
@@ -92,6 +92,7 @@ def measure_search(
         except AdapterError as error:
             missing[method.label] = str(error).strip().splitlines()[-1]
     return {
+        "cases": [case.name for case in cases],
         "points": {name: record["points"][cases[0].name] for name, record in records.items()},
         "chosen": [row for record in records.values() for row in record["chosen"]],
         "opened": {name: record["opened"] for name, record in records.items()},
@@ -103,8 +104,9 @@ def measure_method(
     data: BenchmarkData, method: MethodSpec, records: dict[str, Any], cases: Sequence[Case]
 ) -> dict[str, Any]:
     """The record of one method, which is read if it was measured before under the same conditions."""
-    path = index_folder(data, method) / f"{method.name}.race.json"
-    current = conditions(method) | {"cases": [case.name for case in cases]}
+    some = "" if len(cases) == len(CASES) else "".join(f"-{case.name}" for case in cases)
+    path = index_folder(data, method) / f"{method.name}{some}.race.json"
+    current = conditions(method)
     if path.exists():
         stored: dict[str, Any] = json.loads(path.read_text())
         if stored.get("conditions") == current:
@@ -180,7 +182,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the data set (default %(default)s)")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="folder of data and indexes")
     parser.add_argument("--methods", nargs="*", choices=sorted(BY_NAME), help="only these (default: all)")
-    parser.add_argument("--cases", nargs="+", choices=names, default=names, help="only these searches (default: all)")
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, help="these and images-20 (default: all)")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="only these (default: all)")
     parser.add_argument("--scale", nargs="*", type=int, help="database sizes of the part `scale`")
     parser.add_argument("--threads", type=int, default=2, help="threads of the builds")

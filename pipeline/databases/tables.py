@@ -30,10 +30,11 @@ IMAGE_TABLES = (".parquet", ".arrow")
 TABLES = (".csv", ".tsv", ".jsonl", *IMAGE_TABLES)
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 DELIMITERS = ",;\t|"
-LINE_ENDS = ("\n", "\r")
 LAST_ROW = "last row (not in the file)"
 """A row that is added to a CSV file. It is not read as a row if the file ends in quotes."""
 NO_PICTURES = "a table without pictures"
+ARROW_MARK = b"ARROW1"
+"""Start of an Arrow file; a stream has none."""
 Row = dict[str, Any]
 
 
@@ -176,7 +177,9 @@ def _without(path: Path, columns: list[str]) -> str:
 def _rewriting(path: Path, mark: str, change: str) -> str:
     """The advice to run a program that changes the table `t` of a file. mark: for the name of the new file."""
     old, new = (json.dumps(str(p), ensure_ascii=False) for p in (path, path.with_suffix(f"{mark}.parquet")))
-    read = f"pq.read_table({old})" if path.suffix.lower() == ".parquet" else f"pa.ipc.open_stream({old}).read_all()"
+    is_parquet, is_file = path.suffix.lower() == ".parquet", path.open("rb").read(len(ARROW_MARK)) == ARROW_MARK
+    opened = f"pa.ipc.{'open_file' if is_file else 'open_stream'}({old}).read_all()"
+    read = f"pq.read_table({old})" if is_parquet else opened
     program = (
         "import pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq;"
         f" t = {read}; {change}; pq.write_table(t, {new})"
@@ -249,15 +252,7 @@ def _csv_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
     candidates = [next(csv.reader(io.StringIO(body), delimiter=delimiter), [""]) for delimiter in DELIMITERS]
     with_paths = [cells for cells in candidates if _has_path_column(cells)]
     header = max(with_paths or candidates, key=len)
-    whole = f"{body}{'' if body.endswith(LINE_ENDS) else LINE_ENDS[0]}{LAST_ROW}"
-    reader = csv.reader(io.StringIO(whole), delimiter=DELIMITERS[candidates.index(header)])
-    lines = [(first + reader.line_num - 1, cells) for cells in reader]
-    if lines.pop()[1] != [LAST_ROW]:
-        start = lines[-1][0] + 1 if lines else first
-        raise UserError(
-            f"{path}: a quote in the row that begins in line {start:,} is not closed, so that all lines behind it are"
-            " one cell. Close or remove the quote."
-        )
+    lines = _csv_lines(path, body, DELIMITERS[candidates.index(header)], first)
     columns = ["path", "label"] if _is_path(header[0]) else header
     if too_long := [line for line in lines if any(map(str.strip, line[1][len(columns) :]))]:
         number, cells = too_long[0]
@@ -272,6 +267,26 @@ def _csv_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
         return columns, [{"path": file, "label": classes.get(label, "")} for file, label in named]
     check_names(header, path)
     return header, [dict(zip(header, cells, strict=False)) for _, cells in lines[1:]]
+
+
+def _csv_lines(path: Path, body: str, delimiter: str, first: int) -> list[tuple[int, list[str]]]:
+    """The last line and the cells of each row of a CSV file, whose first line has the number `first`."""
+    whole = body if body.endswith("\n") else body.removesuffix("\r") + "\n"
+    reader = csv.reader(io.StringIO(whole + LAST_ROW), delimiter=delimiter)
+    lines: list[tuple[int, list[str]]] = []
+    problem = ""
+    try:
+        lines.extend((first + reader.line_num - 1, cells) for cells in reader)
+        if lines.pop()[1] == [LAST_ROW]:
+            return lines
+    except csv.Error as error:
+        problem = str(error)
+    row = f"the row that begins in line {lines[-1][0] + 1 if lines else first:,}"
+    if problem:
+        raise UserError(f"{path} is not a readable table: {problem}, in {row}. A quote there may not be closed.")
+    raise UserError(
+        f"{path}: a quote in {row} is not closed, so that all lines behind it are one cell. Close or remove the quote."
+    )
 
 
 def _body(text: str) -> tuple[str, int]:

@@ -39,7 +39,7 @@ from retrieval.config import Config
 from retrieval.database.database import Database
 from retrieval.index.hidden import Ids
 from retrieval.recipe import IndexConfig
-from retrieval.storage.lease import lease
+from retrieval.storage.lease import ERASURE_FILE, end_erasure, lease, start_erasure
 from retrieval.storage.manifest import (
     Manifest,
     ShardRecord,
@@ -51,7 +51,7 @@ from retrieval.storage.manifest import (
 )
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.stage_folder import STARTED_FILE
-from retrieval.updates.rewrite import ERASURE_FILE, PARTITION_FILE, end_erasure, start_erasure
+from retrieval.updates.rewrite import PARTITION_FILE
 
 SCHEMA_VERSION = 1
 

@@ -86,8 +86,11 @@ def _ascii_name(name: str) -> str:
 
 def canonical_column(urls: pa.StringArray) -> pa.StringArray:
     """The canonical spelling of each URL; null for those without one."""
-    found = find_clean_urls(urls, MAX_URL_CHARS)
-    is_clean = _match_clean(urls) if found is None else found
+    is_clean = find_clean_urls(urls, MAX_URL_CHARS)
+    if is_clean is None:
+        is_clean = np.zeros(len(urls), np.bool_)
+    others = np.flatnonzero(~is_clean)
+    is_clean[others] = _match_clean(urls.take(pa.array(others)))
     if is_clean.all():
         return urls
     not_clean = pa.array(~is_clean)
@@ -96,7 +99,7 @@ def canonical_column(urls: pa.StringArray) -> pa.StringArray:
 
 
 def _match_clean(urls: pa.StringArray) -> npt.NDArray[np.bool_]:
-    """As `find_clean_urls`, and ports, by a pattern."""
+    """Which URLs are canonical as they are, with a port too, by a pattern."""
     short = pc.less_equal(pc.binary_length(urls), MAX_URL_CHARS)
     is_clean = pc.fill_null(pc.and_(short, pc.match_substring_regex(urls, _CLEAN)), False)
     return np.asarray(is_clean.to_numpy(zero_copy_only=False))

@@ -300,6 +300,7 @@ def _messages() -> Iterator[None]:
     default = warnings.formatwarning
     warnings.formatwarning = lambda message, *place, **line: f"warning: {message}\n"
     log, handler = logging.getLogger("database"), logging.StreamHandler()
+    level = log.level
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -307,6 +308,7 @@ def _messages() -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
+        log.setLevel(level)
         warnings.formatwarning = default
 
 

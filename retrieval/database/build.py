@@ -2,7 +2,7 @@
 
 - `centroids.npy`, of the partitions;
 - `partitions/<number>/`: `embeddings.npy` and `metadata.arrow`; with an index `index.faiss`; with our inverted lists
-  `lists.npy`, `list_centroids.npy` and `entries.npy`; with vectors of 8-bit numbers `bounds.npy`;
+  `lists.npy`, `list_centroids.npy` and `entries.npy`; with vectors of 8-bit numbers `bounds.npy` in place of the last;
 - `manifest.json`, which is written last.
 """
 
@@ -36,6 +36,7 @@ from retrieval.kernel.mapped_lists import list_entries
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import take_rows
+from retrieval.storage.lease import raise_if_lost
 from retrieval.storage.manifest import Manifest, ShardRecord, fingerprint, read_manifest, write_manifest
 from retrieval.storage.root import FileRecord, Root
 from retrieval.storage.temp_folders import temporary_folder
@@ -87,6 +88,8 @@ def write_listed_partition(
     vectors, metadata = rows
     folder = f"{stage}/{partition_folder(number)}"
     files = _write_lists(root, folder, lists)
+    if not isinstance(vectors, CodedRows):  # the library does not search those
+        files.append(_write_vectors(root, f"{folder}/entries.npy", list_entries(lists.index)))
     files += _write_rows(root, folder, vectors, take_rows(metadata, lists.order), lists.order)
     return ShardRecord(partition_folder(number), len(vectors), tuple(files))
 
@@ -166,6 +169,7 @@ def write_partitioned(
         records.append(write_partition(root, name, number, table, config))
     manifest = database_manifest(records, encoder, config, identity)
     manifest = calibrated(root, replace(manifest, seconds=round(time.time() - started, 3)))
+    raise_if_lost()
     write_manifest(root, manifest)
     return manifest
 
@@ -269,7 +273,6 @@ def _write_lists(root: Root, folder: str, lists: InvertedLists) -> list[FileReco
         faiss.write_index(lists.index, str(pending.path))
     return [
         pending.record,
-        _write_vectors(root, f"{folder}/entries.npy", list_entries(lists.index)),
         _write_vectors(root, f"{folder}/lists.npy", lists.offsets),
         _write_vectors(root, f"{folder}/list_centroids.npy", lists.centroids),
     ]

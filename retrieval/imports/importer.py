@@ -41,7 +41,7 @@ from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.data_files import HIDDEN_PREFIXES, split_path
 from retrieval.storage.lease import FOLDER as LEASES
-from retrieval.storage.lease import lease
+from retrieval.storage.lease import lease, refuse_erasure
 from retrieval.storage.listing import is_hidden
 from retrieval.storage.manifest import read_manifest
 from retrieval.storage.root import Root
@@ -75,7 +75,7 @@ def build_database(
     several rows with one image id, the first is kept. A `VectorSource` can contain vectors of texts, which measure the
     recall of searches for texts. Raises UserError for an unreadable source, vectors of
     another length than encoder.dim, no usable row, a folder with other files, a folder inside of the source, and while
-    another process builds or updates the database.
+    another process builds or updates the database, or erases images from it.
     """
     if not encoder.model or encoder.dim < 1:
         raise UserError(f"the encoder of the vectors needs a name and a dim, got {encoder!r}")
@@ -92,6 +92,7 @@ def build_database(
     rows = scan_rows(source, encoder.dim, most_kept=config.rows_per_partition)
     require_rows(len(rows.ids), name)
     with lease(parent.child(name), "update"):
+        refuse_erasure(parent.child(name))
         _build(parent, name, rows, encoder, config)
         if texts is not None:
             recalibrate(parent.child(name), texts, "texts")

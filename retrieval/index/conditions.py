@@ -30,6 +30,7 @@ MISSING = pc.scalar(pa.scalar(None, pa.bool_()))
 """The value of a comparison with a missing value. `not` does not change it, and a row with it is left out."""
 TIMES: dict[str, Callable[[str], date]] = {"date": date.fromisoformat, "datetime": datetime.fromisoformat}
 """Functions in a condition that read a time from a text, by name."""
+VALUES = "number, text, date('2021-01-31') or datetime('2021-01-31T12:00')"
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Expression]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -134,7 +135,7 @@ def _operand(node: ast.expr) -> Expression:
         return pc.field(node.id)
     value = _value(node)
     if not isinstance(value, (bool, int, float, str, date)):
-        raise ValueError(f"{ast.unparse(node)} is no number, text or time")
+        raise ValueError(f"{ast.unparse(node)} is no {VALUES}")
     return pc.scalar(value)
 
 
@@ -142,8 +143,8 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in TIMES:
         if len(node.args) != 1 or node.keywords:
             raise ValueError(f"{ast.unparse(node)}: wanted one text, such as date('2021-01-31')")
-        return TIMES[node.func.id](ast.literal_eval(node.args[0]))
+        return TIMES[node.func.id](_value(node.args[0]))
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise ValueError(f"{ast.unparse(node)} is no number, text or time") from None
+        raise ValueError(f"{ast.unparse(node)} is no {VALUES}") from None

@@ -23,7 +23,7 @@ from retrieval.file_cache import FileCache
 from retrieval.index.effort import Effort
 from retrieval.index.rerank import CodedRows, RerankIndex, StoredRows
 from retrieval.index.routing import Numbers, Vectors
-from retrieval.kernel.layout import check_rows, checked_pointers, is_searchable
+from retrieval.kernel.layout import check_rows, checked_pointers, core_of, is_searchable
 from retrieval.kernel.library import library
 from retrieval.kernel.list_search import ListSearch, open_list_search
 from retrieval.kernel.mapped_lists import MappedIndex, map_index
@@ -116,8 +116,7 @@ def _map_table(path: Path) -> pa.Table:
     """The memory map of an Arrow file. Raises ValueError for values outside of it, such as texts by their offsets."""
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     table.validate()
-    # Texts are checked as bytes: their offsets are read, but not the texts. The first search waits for this, 3 ms for a
-    # million rows. To check UTF-8 too takes 15 ms and more where the whole file must be read from the disk.
+    # Texts are checked as bytes: their offsets are read, but not the texts. The first search waits for this.
     columns = [field.with_type(pa.binary() if field.type == pa.string() else field.type) for field in table.schema]
     table.cast(pa.schema(columns)).validate(full=True)
     return table
@@ -212,7 +211,7 @@ class PartitionFiles:
     def _refine(self) -> tuple[Any, RerankIndex]:
         base, rows = self._base, self.rerank
         with self._damage_of("index.faiss"):
-            check_rows(base, _core_of(base), self.embeddings.shape)
+            check_rows(base, core_of(base), self.embeddings.shape)
         metric = base.metric_type
         base.metric_type = faiss.METRIC_INNER_PRODUCT  # that of the ranking; autofaiss builds with L2 distances
         refine = faiss.IndexRefine(base, rows.index)
@@ -259,7 +258,7 @@ class PartitionFiles:
         """The part of `structure` that has the lists or the graph, below transformations of the vectors."""
         structure = self.structure
         with self._damage_of("index.faiss"):
-            return _core_of(structure)
+            return core_of(structure)
 
     @property
     def is_graph(self) -> bool:
@@ -273,10 +272,19 @@ class PartitionFiles:
 
     @property
     def list_search(self) -> ListSearch | None:
-        """The compiled search of the index; None where faiss searches, as for 8-bit numbers. Raises UserError for a
-        damaged index."""
+        """The compiled search; None where faiss searches, as for 8-bit numbers. Raises UserError for a damaged index."""
         with self._lock:
             return self._list_search
+
+    @property
+    def mapped_search(self) -> ListSearch | None:
+        """`list_search` where the library maps the index; else None, and no code is read."""
+        with self._lock:
+            return self._list_search if self._mapped_index else None
+
+    def read_through(self, name: str) -> None:
+        """Read a file in sequence, for searches of many queries. Other searches read single pages."""
+        self._files.read_through(f"{self._folder}/{name}")
 
     @cached_property
     def _list_search(self) -> ListSearch | None:
@@ -334,14 +342,6 @@ class PartitionFiles:
         return (
             parameters if self._core is self.structure else faiss.SearchParametersPreTransform(index_params=parameters)
         )
-
-
-def _core_of(index: Any) -> Any:
-    """The part of an index below transformations of the vectors. Raises ValueError if it has no lists and no graph."""
-    core = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    if not isinstance(core, faiss.IndexIVF | faiss.IndexHNSW):
-        raise ValueError(f"it is {type(core).__name__}, expected lists (IndexIVF) or a graph (IndexHNSW)")
-    return core
 
 
 @lru_cache(MAX_PARAMETERS)

@@ -27,6 +27,7 @@ class DeviceRows:
         visible = partition.visible
         self.hidden = None if visible is None else ~torch.from_numpy(visible).to(device)
         """(rows,) bool on the device; None where no row is hidden."""
+        self._is_read = False
 
     @cached_property
     def _stored(self) -> Tensor | CodedRows:
@@ -37,8 +38,15 @@ class DeviceRows:
 
     @property
     def list_search(self) -> ListSearch | None:
-        """The compiled search of the lists, on a CPU."""
-        return self.partition.files.list_search if self.device.type == "cpu" else None
+        """The compiled search of the lists; None on a GPU, and where the library does not map the index."""
+        return self.partition.files.mapped_search if self.device.type == "cpu" else None
+
+    def read_through(self) -> None:
+        """Read the files of the partition in sequence, unless this was done."""
+        if not self._is_read:
+            for name in ("index.faiss", "embeddings.npy"):
+                self.partition.files.read_through(name)
+            self._is_read = True
 
     def __len__(self) -> int:
         return len(self.partition.embeddings)

@@ -8,7 +8,6 @@ not depend on the others.
 import ctypes
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from retrieval.index.partition_files import GRAPH_SPARE
@@ -18,16 +17,22 @@ from retrieval.join.device_rows import DeviceRows
 from retrieval.kernel.list_search import ListSearch, Settings
 from retrieval.recipe import JoinConfig
 
+MANY_QUERIES = 2_000
+"""Searches of so many queries take longer than to read a partition, and most of its rows are read by many more."""
 ORDERING_CENTROIDS = 96
-"""Centroids by which queries are ordered: a product with them takes a thirtieth of the time of a search."""
+"""Least centroids by which queries are ordered: a product with them takes a thirtieth of the time of a search."""
 SPARE_RESULTS = 2
 """Results for near copies in the first search, where there may be any."""
 MORE_RESULTS = 4
 """Factor of the results of the next search of a query with more near copies."""
+MAX_RESULTS = 64
+"""Results for each neighbor in the last search. A query with more near copies gets too few neighbors here."""
+RESULTS_AT_ONCE = 1 << 22
+"""Results in memory: 90 MB."""
 CANDIDATES_PER_RESULT = 6
 """At least. Measured at a recall of 0.965 and a million rows."""
 LISTS_PER_CANDIDATE = 2
-"""Searches of many lists are wanted for their recall, so they rank a candidate per result for so many lists."""
+"""A search of many lists ranks at least a candidate per result for every second list, because its recall is high."""
 
 Results = tuple[Vectors, Numbers, Numbers]
 """Similarities and row numbers of the k best rows of each query, (n, k), and its number of near copies, (n,)."""
@@ -36,21 +41,26 @@ Results = tuple[Vectors, Numbers, Numbers]
 def join_lists(stored: DeviceRows, search: ListSearch, queries: Vectors, config: JoinConfig) -> Results:
     """The config.k nearest visible rows of each query that are no near copies, and how many of those were found.
 
-    queries: (n, dim) unit rows. Results are best first; (-inf, -1) where the visited lists had fewer rows.
+    queries: (n, dim) unit rows. Results are best first; (-inf, -1) where the visited lists had fewer rows, or too many
+    near copies.
     """
+    if len(queries) >= MANY_QUERIES:
+        stored.read_through()
     count, k = len(queries), config.k
     similarities, rows = np.full((count, k), -np.inf, np.float32), np.full((count, k), -1, np.int64)
     copies = np.zeros(count, np.int64)
     waiting = _ordered(queries, stored.partition.lists[1])
     wanted = k + SPARE_RESULTS if config.near_copy_similarity <= 1 else k
-    while len(waiting):
-        found, numbers = _search(stored, search, queries[waiting], wanted, config.lists_per_partition)
-        is_copy = found >= config.near_copy_similarity
-        copies[waiting] = is_copy.sum(axis=1)
-        found[is_copy], numbers[is_copy] = -np.inf, -1
-        columns = np.argsort(is_copy, axis=1, kind="stable")[:, :k]
-        similarities[waiting] = np.take_along_axis(found, columns, 1)
-        rows[waiting] = np.take_along_axis(numbers, columns, 1)
+    while len(waiting) and wanted <= MAX_RESULTS * k:
+        step = max(1, RESULTS_AT_ONCE // wanted)
+        for block in (waiting[start : start + step] for start in range(0, len(waiting), step)):
+            found, numbers = _search(stored, search, queries[block], wanted, config.lists_per_partition)
+            is_copy = found >= config.near_copy_similarity
+            copies[block] = is_copy.sum(axis=1)
+            found[is_copy], numbers[is_copy] = -np.inf, -1
+            columns = np.argsort(is_copy, axis=1, kind="stable")[:, :k]
+            similarities[block] = np.take_along_axis(found, columns, 1)
+            rows[block] = np.take_along_axis(numbers, columns, 1)
         waiting = waiting[wanted - copies[waiting] < k]
         wanted *= MORE_RESULTS
     return similarities, rows, copies
@@ -58,7 +68,7 @@ def join_lists(stored: DeviceRows, search: ListSearch, queries: Vectors, config:
 
 def _search(
     stored: DeviceRows, search: ListSearch, queries: Vectors, k: int, lists: int
-) -> tuple[Vectors, npt.NDArray[np.int64]]:
+) -> tuple[Vectors, Numbers]:
     """The k best visible rows of each query in so many lists."""
     candidates = k * max(CANDIDATES_PER_RESULT, lists // LISTS_PER_CANDIDATE)
     visible = stored.partition.visible
@@ -68,7 +78,7 @@ def _search(
 
 
 def _ordered(queries: Vectors, centroids: Vectors) -> Numbers:
-    """The numbers of the queries (n,), those nearest to the same centroid, of ORDERING_CENTROIDS, together."""
+    """The numbers of the queries (n,). Those that are nearest to the same one of a few centroids are together."""
     chosen = centroids[:: max(1, len(centroids) // ORDERING_CENTROIDS)]
     products = multiply(torch.from_numpy(queries).bfloat16(), torch.from_numpy(chosen).bfloat16().T)
     return np.argsort(products.max(dim=1).indices.numpy(), kind="stable")

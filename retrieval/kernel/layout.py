@@ -67,6 +67,14 @@ def checked_pointers(index: Any, rows: Any, pointers: ListPointers | None = None
     return pointers
 
 
+def core_of(index: Any) -> Any:
+    """The part of an index below transformations of the vectors. Raises ValueError if it has no lists and no graph."""
+    core = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    if not isinstance(core, faiss.IndexIVF | faiss.IndexHNSW):
+        raise ValueError(f"it is {type(core).__name__}, expected lists (IndexIVF) or a graph (IndexHNSW)")
+    return core
+
+
 def check_rows(index: Any, core: Any, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless the ids of an index that faiss searches are rows (n, dim) of this shape.
 

@@ -45,8 +45,8 @@ def list_entries(index: Any) -> Numbers:
 def map_index(path: Path, num_lists: int, entries: Numbers) -> MappedIndex | None:
     """The index in a file, or None if its lists are no faiss.BlockInvertedLists with 32 rows a block.
 
-    num_lists: how many it has. entries: `list_entries`. Raises ValueError unless the lists have the sizes that the
-    entries and the file state and are at the first mark of lists, and RuntimeError where faiss cannot read the rest.
+    num_lists: how many it has. entries: `list_entries`. Raises ValueError unless lists of these sizes begin at the first
+    mark of lists and end with the file, and RuntimeError where faiss cannot read the rest.
     """
     mark = SIZES.pack(MARK, num_lists, NO_CODE_SIZE, BLOCK_ROWS, 0)[:-NUMBER_BYTES]
     with path.open("rb") as file:
@@ -74,7 +74,7 @@ def _pointers(
     """The entries of lists that begin at a byte of a mapped file. Raises ValueError unless they end with it."""
     blocks = -(-sizes // BLOCK_ROWS)
     end = start + NUMBER_BYTES * (2 * len(sizes) + len(ids)) + int(blocks.sum()) * block_bytes
-    if end != len(mapped):
+    if end != len(mapped) or block_bytes > len(mapped):
         raise ValueError(f"its lists end at byte {end:,} by entries.npy, expected {len(mapped):,}")
     before_codes = NUMBER_BYTES * (2 + sizes)
     list_bytes = before_codes + blocks * block_bytes

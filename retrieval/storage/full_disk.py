@@ -48,11 +48,16 @@ def write_errors_named(path: Path) -> Iterator[None]:
         with full_disk_named(path):
             yield
     except OSError as error:
-        # The block may also read files elsewhere.
-        is_near = not isinstance(error.filename, str) or path.is_relative_to(Path(error.filename).parent)
-        if error.errno not in WRITE_PROTECTED or not is_near:
+        if error.errno not in WRITE_PROTECTED or not _is_near(path, error.filename):
             raise
         raise NodeError(
             f"{path} cannot be written or deleted: {os.strerror(error.errno)}. Name another file or folder, or"
             " change the permissions of its folder."
         ) from error
+
+
+def _is_near(path: Path, failed: object) -> bool:
+    """Whether the file of an error is at or below a path or beside it. The block may also read files elsewhere."""
+    if not isinstance(failed, str) or not Path(failed).is_absolute():  # shutil.rmtree names only the last part
+        return True
+    return Path(failed).parent == path.parent or path.is_relative_to(failed) or Path(failed).is_relative_to(path)

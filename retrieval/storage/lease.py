@@ -4,6 +4,8 @@ Reads and writes `leases/<name>.json`: the owner, since when, and a number that 
 A holder on this machine is checked by its process in /proc. A holder elsewhere, and any holder on a system without
 /proc such as macOS, is alive if it renews its lease within EXPIRE_S. The observer counts this time in pauses of POLL_S:
 clocks of two machines are never compared, and a time in which the observer stood still does not count.
+
+An erasure of images refuses builds and updates of a database also after its process was killed (`erasure.json`).
 """
 
 import fcntl
@@ -30,6 +32,8 @@ FOLDER = "leases"
 HEARTBEAT_S = 10.0
 EXPIRE_S = 60.0
 """A lease that was not renewed for so long is taken over."""
+ERASURE_FILE = "erasure.json"
+"""Names the erasure (`optout --erase`) that has begun and not ended in a database. It outlives a killed erasure."""
 SETTLE_S = 1.0
 """Pause before a new lease is read back: not every store refuses to create a file that exists already."""
 POLL_S = 2.0
@@ -223,4 +227,37 @@ class _Lease:
         return UserError(
             f"{self.folder}: process {owner.pid} on {owner.host} has worked on it since {current['since']}. Only one "
             "process at a time may write there: wait for it, or end it and run this again."
+        )
+
+
+def start_erasure(root: Root, name: str, plan: str) -> None:
+    """Refuse updates of the database at a root from now on, until `end_erasure`, also if this process is killed.
+
+    name: of the erasure: a repeated call of a killed one goes on at once. plan: path of its plan. Raises UserError
+    while an update or another erasure works on the database.
+    """
+    if _erasure_name(root) == name:
+        return
+    with lease(root, "update"):
+        refuse_erasure(root)
+        root.write_json(ERASURE_FILE, {"name": name, "plan": plan})
+
+
+def end_erasure(root: Root, name: str) -> None:
+    """Permit updates of the database at a root again, if the erasure of this name refuses them."""
+    if _erasure_name(root) == name:
+        root.delete(ERASURE_FILE)
+
+
+def _erasure_name(root: Root) -> str:
+    return str((root.find_json(ERASURE_FILE) or {}).get("name", ""))
+
+
+def refuse_erasure(root: Root) -> None:
+    """Raises UserError if an erasure has begun and not ended in the database at a root."""
+    if erasure := root.find_json(ERASURE_FILE):
+        raise UserError(
+            f"{root.url}: 'optout --erase' with the list {erasure['name']} has not ended there. Wait for it, or if it"
+            f" was interrupted, run it again with that list; then repeat this. To give it up, delete {erasure['plan']}"
+            f" and {root.at(ERASURE_FILE)}: its images stay hidden, but not all are erased."
         )

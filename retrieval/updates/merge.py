@@ -25,10 +25,9 @@ from retrieval.index.hidden import hidden_ids, store_hidden
 from retrieval.index.routing import partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage.data_files import split_path
-from retrieval.storage.lease import lease
+from retrieval.storage.lease import lease, raise_if_lost, refuse_erasure
 from retrieval.storage.manifest import ShardRecord, read_manifest, write_manifest
 from retrieval.storage.root import FileRecord, Root
-from retrieval.updates.rewrite import refuse_erasure
 
 
 def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database:
@@ -73,6 +72,7 @@ def _write_merged(databases: Sequence[Database], columns: pa.Schema, parent: Roo
     store_hidden(parent.child(name), np.unique(np.concatenate([hidden_ids(database.root) for database in databases])))
     for database in databases:
         _check_unchanged(database)
+    raise_if_lost()
     write_manifest(parent, manifest)
 
 
@@ -86,9 +86,7 @@ def _check_unchanged(database: Database) -> None:
 def _columns_of_all(databases: Sequence[Database]) -> pa.Schema:
     """The metadata columns of all databases. Numbers get the type that holds the numbers of all."""
     try:
-        columns = pa.unify_schemas(
-            [database.partitions[0].metadata.schema for database in databases], promote_options="permissive"
-        )
+        columns = _unified([database.partitions[0].metadata.schema for database in databases])
         for database in databases:
             for partition in database.partitions:
                 if any(field.type != columns.field(field.name).type for field in partition.metadata.schema):
@@ -99,6 +97,16 @@ def _columns_of_all(databases: Sequence[Database]) -> pa.Schema:
             "without that column, or with its values converted."
         ) from error
     return columns
+
+
+def _unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """The columns of all schemas. Arrow would put whole numbers of 32 bits in fractions that do not hold all of them."""
+    unified = pa.unify_schemas(schemas, promote_options="permissive")
+    for number, field in enumerate(unified):
+        kinds = {schema.field(field.name).type for schema in schemas if field.name in schema.names}
+        if pa.types.is_floating(field.type) and any(map(pa.types.is_integer, kinds)):
+            unified = unified.set(number, field.with_type(pa.float64()))
+    return unified
 
 
 def _widened(metadata: pa.Table, columns: pa.Schema) -> pa.Table:

@@ -29,7 +29,7 @@ from retrieval.index.routing import partition_folder
 from retrieval.recipe import IndexConfig
 from retrieval.storage import schema
 from retrieval.storage.arrow_columns import take_rows
-from retrieval.storage.lease import lease, raise_if_lost
+from retrieval.storage.lease import lease, lease_token, raise_if_lost, refuse_erasure
 from retrieval.storage.manifest import Manifest, ShardRecord, write_manifest
 from retrieval.storage.root import Root
 from retrieval.updates.kept_calibration import kept_calibration
@@ -39,8 +39,6 @@ log = logging.getLogger("database")
 FOLDER = "rewritten"
 PARTITION_FILE = re.compile(rf"((erased-|{FOLDER}/)\w+/)?(partitions/.*|shuffle-\d+\.arrow)")
 """Files of partitions and of shuffles of their rows, relative to the folder of their database."""
-ERASURE_FILE = "erasure.json"
-"""Names the erasure (`optout --erase`) that has begun and not ended in a database. It outlives a killed erasure."""
 Mask = npt.NDArray[np.bool_]
 
 
@@ -49,43 +47,11 @@ def opened_for_update(root: Root) -> Iterator[Database]:
     """All rows of the database at a root. Raises UserError while another process updates it, and until an
     erasure that has begun there has ended.
     """
-    database_manifest(root)  # raises before the lease makes a folder
+    if not lease_token(root, "update"):  # else the lease names the process that works there
+        database_manifest(root)  # raises before the lease makes a folder
     with lease(root, "update"):
         refuse_erasure(root)
         yield Database.open(root).with_all_rows().for_passes()
-
-
-def start_erasure(root: Root, name: str, plan: str) -> None:
-    """Refuse updates of the database at a root from now on, until `end_erasure`, also if this process is killed.
-
-    name: of the erasure: a repeated call of a killed one goes on at once. plan: path of its plan. Raises UserError
-    while an update or another erasure works on the database.
-    """
-    if _erasure_name(root) == name:
-        return
-    with lease(root, "update"):
-        refuse_erasure(root)
-        root.write_json(ERASURE_FILE, {"name": name, "plan": plan})
-
-
-def end_erasure(root: Root, name: str) -> None:
-    """Permit updates of the database at a root again, if the erasure of this name refuses them."""
-    if _erasure_name(root) == name:
-        root.delete(ERASURE_FILE)
-
-
-def _erasure_name(root: Root) -> str:
-    return str((root.find_json(ERASURE_FILE) or {}).get("name", ""))
-
-
-def refuse_erasure(root: Root) -> None:
-    """Raises UserError if an erasure has begun and not ended in the database at a root."""
-    if erasure := root.find_json(ERASURE_FILE):
-        raise UserError(
-            f"{root.url}: 'optout --erase' with the list {erasure['name']} has not ended there. Wait for it, or if it"
-            f" was interrupted, run it again with that list; then repeat this. To give it up, delete {erasure['plan']}"
-            f" and {root.at(ERASURE_FILE)}: its images stay hidden, but not all are erased."
-        )
 
 
 def rewrite_partition(database: Database, number: int, deleted: Mask, added: pa.Table) -> ShardRecord:

@@ -21,9 +21,9 @@ def test_a_stored_race_of_other_conditions_is_measured_again(
 
     monkeypatch.setattr(race, "open_workers", open_workers)
     data = BenchmarkData(tmp_path)
-    path = index_folder(data, method) / f"{method.name}.race.json"
+    path = index_folder(data, method) / f"{method.name}-images-20.race.json"
     path.parent.mkdir()
-    current = race.conditions(method) | {"cases": [CASES[0].name]}
+    current = race.conditions(method)
     assert ("sources" in current) == (method is DATABASE)
     path.write_text(json.dumps({"conditions": current}))
     assert race.measure_method(data, method, {}, CASES[:1]) == {"conditions": current}

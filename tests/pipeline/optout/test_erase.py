@@ -37,9 +37,10 @@ from retrieval.database.verify import damaged_files
 from retrieval.index.routing import partition_folder
 from retrieval.recipe import ClipConfig, IndexConfig
 from retrieval.storage import schema
+from retrieval.storage.lease import ERASURE_FILE
 from retrieval.storage.manifest import Manifest, ShardRecord, read_manifest, read_record, write_manifest, write_record
 from retrieval.storage.stage_folder import STARTED_FILE
-from retrieval.updates.rewrite import ERASURE_FILE, opened_for_update
+from retrieval.updates.rewrite import opened_for_update
 from tests.killed_writes import kill_at, kill_at_deletion
 from tests.pipeline.conftest import Picture, pictures
 from tests.pipeline.shards_in_process import recorded_workers

@@ -22,6 +22,8 @@ from retrieval.imports.source import VectorSource
 from retrieval.imports.source_rows import read_database_blocks, scan_rows
 from retrieval.recipe import IndexConfig
 from retrieval.storage import root, schema
+from retrieval.storage.lease import end_erasure, lease, start_erasure
+from retrieval.updates.add import add_to_database
 from tests.retrieval.conftest import DIM, IDENTITY, clustered
 
 CONFIG = IndexConfig(rows_per_partition=100, num_queries=10)
@@ -190,3 +192,18 @@ def test_a_build_holds_a_fraction_of_the_vectors_in_memory(tmp_path: Path, monke
         database = build_database(tmp_path / "db", source, encoder=encoder, config=config)
     assert len(database) == rows * files
     assert peaks[0] < 0.67 * rows * files * dim * 2
+
+
+def test_a_build_is_refused_while_images_of_the_database_are_erased(tmp_path: Path) -> None:
+    root = build_database(tmp_path / "db", clustered(20, seed=1), encoder=IDENTITY).root
+    start_erasure(root, "list", "plan.json")
+    with pytest.raises(UserError, match="'optout --erase' with the list list has not ended there"):
+        build_database(tmp_path / "db", clustered(30, seed=2), encoder=IDENTITY)
+    end_erasure(root, "list")
+    assert len(build_database(tmp_path / "db", clustered(30, seed=2), encoder=IDENTITY)) == 30
+
+
+def test_an_update_during_a_build_names_the_process_that_builds(tmp_path: Path) -> None:
+    root = Root(tmp_path / "db")
+    with lease(root, "update"), pytest.raises(UserError, match=r"process \d+ on .* has worked on it since"):
+        add_to_database(root, clustered(3, seed=1))

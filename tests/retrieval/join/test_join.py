@@ -7,13 +7,23 @@ import pytest
 import torch
 
 from retrieval import Database
+from retrieval.file_cache import FileCache
 from retrieval.index.routing import Vectors, unit
+from retrieval.join import list_join
 from retrieval.join.device_rows import DeviceRows
 from retrieval.join.join import JoinResult, join_database, join_partition, join_rows
 from retrieval.recipe import JoinConfig
 from tests.retrieval.conftest import brute_force, clustered, share_found
 
 Build = Callable[..., Database]
+
+
+@pytest.fixture(params=["library", "products"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Joins by the compiled search and, as on a GPU, by matrix products."""
+    if request.param == "products":
+        monkeypatch.setattr(DeviceRows, "list_search", None)
+    return str(request.param)
 
 
 def rows_of(database: Database, result: JoinResult) -> np.ndarray:
@@ -39,7 +49,9 @@ def test_visiting_all_partitions_equals_brute_force_for_any_block_size(
 
 
 @pytest.mark.parametrize("which", ["in_lists", "mixed"])
-def test_more_lists_raise_the_recall_up_to_one(request: pytest.FixtureRequest, queries: Vectors, which: str) -> None:
+def test_more_lists_raise_the_recall_up_to_one(
+    request: pytest.FixtureRequest, queries: Vectors, which: str, engine: str
+) -> None:
     database = request.getfixturevalue(which)
     exact = join_database(database, queries, settings())
     results = [join_database(database, queries, settings(lists)) for lists in (16, 32, 64, 128, 250, 100_000)]
@@ -47,12 +59,14 @@ def test_more_lists_raise_the_recall_up_to_one(request: pytest.FixtureRequest, q
     assert shares == sorted(shares)
     assert shares[0] < 0.9 < shares[-1]
     assert shares[4] > 0.999
-    # Candidates are chosen by bfloat16 products, so nearly equal rows may be exchanged.
+    # Candidates are chosen by rounded numbers, so nearly equal rows may be exchanged.
     np.testing.assert_allclose(results[4].similarities, exact.similarities, atol=1e-3)
     np.testing.assert_array_equal(results[5].positions, exact.positions)
 
 
-def test_a_search_in_lists_gives_exact_similarities_in_order(in_lists: Database, queries: Vectors) -> None:
+def test_a_search_in_lists_gives_exact_similarities_in_order(
+    in_lists: Database, queries: Vectors, engine: str
+) -> None:
     result = join_database(in_lists, queries, settings(lists=16))
     stored = in_lists.embeddings().astype(np.float32)
     exact = np.einsum("nkd,nd->nk", stored[result.positions], queries)
@@ -61,7 +75,7 @@ def test_a_search_in_lists_gives_exact_similarities_in_order(in_lists: Database,
     assert all(len(set(row)) == 8 for row in result.positions.tolist())
 
 
-def test_a_search_in_lists_finds_the_best_rows_of_the_visited_lists(in_lists: Database) -> None:
+def test_a_search_in_lists_finds_the_best_rows_of_the_visited_lists(in_lists: Database, engine: str) -> None:
     queries = clustered(40, seed=12)
     partition = in_lists.partitions[0]
     offsets, centroids = partition.lists
@@ -71,23 +85,26 @@ def test_a_search_in_lists_finds_the_best_rows_of_the_visited_lists(in_lists: Da
     products[~(numbers[None, None, :] == visited[:, :, None]).any(axis=1)] = -np.inf
     true = -np.sort(-products, axis=1)[:, :8]
     result = join_database(in_lists, queries, settings(lists=32))
-    # A search ends before lists that probably have no neighbors.
-    assert (result.similarities >= true - 1e-3).mean() > 0.98
+    # The library ends before lists that probably have no neighbors. Products compare lists in bfloat16: the last list
+    # may differ.
+    assert (result.similarities >= true - 1e-3).mean() > {"library": 0.98, "products": 0.99}[engine]
 
 
-def test_results_do_not_depend_on_the_batch(in_lists: Database) -> None:
+def test_results_do_not_depend_on_the_batch(in_lists: Database, engine: str) -> None:
     queries = clustered(300, seed=12)
     for config in (settings(), settings(lists=16)):
         together = join_database(in_lists, queries, config)
         parts = [join_database(in_lists, queries[i : i + 60], config) for i in range(0, 300, 60)]
         apart = np.concatenate([part.positions for part in parts])
+        if engine == "library" and config.lists_per_partition:
+            np.testing.assert_array_equal(together.positions, apart)
         assert share_found(together.positions, apart) > 0.995
         np.testing.assert_allclose(
             together.similarities, np.concatenate([part.similarities for part in parts]), atol=1e-3
         )
 
 
-def test_near_copies_of_a_query_are_left_out_and_counted(build: Build, vectors: Vectors) -> None:
+def test_near_copies_of_a_query_are_left_out_and_counted(build: Build, vectors: Vectors, engine: str) -> None:
     queries = clustered(20, seed=5)
     copies = unit(queries + 0.001 * np.random.default_rng(6).standard_normal(queries.shape))
     database = build(np.concatenate([vectors, copies]), rows_per_partition=1600, flat_rows=1000)
@@ -102,8 +119,10 @@ def test_near_copies_of_a_query_are_left_out_and_counted(build: Build, vectors: 
         np.testing.assert_array_equal(result.near_copies, (products >= 0.99).sum(axis=1))
 
 
-@pytest.mark.parametrize("copies", [1, 7, 40, 400])
-def test_many_near_copies_of_a_query_displace_no_neighbors(build: Build, vectors: Vectors, copies: int) -> None:
+@pytest.mark.parametrize("copies", [1, 7, 40, 400, 800])
+def test_many_near_copies_of_a_query_displace_no_neighbors(
+    build: Build, vectors: Vectors, copies: int, engine: str
+) -> None:
     queries = vectors[:20]
     rows = np.concatenate([vectors[:2000], np.repeat(queries[:3], copies, axis=0)])
     database = build(rows, flat_rows=1000)
@@ -118,7 +137,9 @@ def test_many_near_copies_of_a_query_displace_no_neighbors(build: Build, vectors
         assert share_found(true, rows_of(database, result)) > least
 
 
-def test_rows_at_the_limit_are_near_copies_and_displace_no_neighbors(build: Build, vectors: Vectors) -> None:
+def test_rows_at_the_limit_are_near_copies_and_displace_no_neighbors(
+    build: Build, vectors: Vectors, engine: str
+) -> None:
     query = vectors[:1]
     aside = clustered(10, seed=7)
     aside = unit(aside - (aside @ query.T) * query)
@@ -135,7 +156,7 @@ def test_rows_at_the_limit_are_near_copies_and_displace_no_neighbors(build: Buil
         np.testing.assert_allclose(result.similarities, -np.sort(-products, axis=1)[:, :8], rtol=0, atol=1e-6)
 
 
-def test_leaving_out_the_query_itself_loses_no_neighbors(in_lists: Database) -> None:
+def test_leaving_out_the_query_itself_loses_no_neighbors(in_lists: Database, engine: str) -> None:
     queries = in_lists.embeddings()[:400].astype(np.float32)
     exact = join_database(in_lists, queries, settings(near_copy_similarity=0.99))
     approximate = join_database(in_lists, queries, settings(lists=511, near_copy_similarity=0.99))
@@ -148,7 +169,7 @@ def test_leaving_out_the_query_itself_loses_no_neighbors(in_lists: Database) -> 
 @pytest.mark.parametrize("lists", [0, 8, 64, 250])
 @pytest.mark.parametrize("which", ["in_lists", "in_partitions", "mixed"])
 def test_hidden_rows_are_replaced_by_the_next_neighbors(
-    request: pytest.FixtureRequest, queries: Vectors, which: str, lists: int
+    request: pytest.FixtureRequest, queries: Vectors, which: str, lists: int, engine: str
 ) -> None:
     database = request.getfixturevalue(which)
     hidden = np.unique(database.ids_at(join_database(database, queries, settings(k=20)).positions))
@@ -161,7 +182,7 @@ def test_hidden_rows_are_replaced_by_the_next_neighbors(
     assert share_found(true, rows_of(database, result)) > {0: 0.9999, 8: 0.2, 64: 0.7, 250: 0.999}[lists]
 
 
-def test_hidden_near_copies_are_not_counted(in_lists: Database) -> None:
+def test_hidden_near_copies_are_not_counted(in_lists: Database, engine: str) -> None:
     queries = in_lists.embeddings()[:50].astype(np.float32)
     hidden = in_lists.ids_at(np.arange(50))
     for lists in (0, 64):
@@ -222,3 +243,15 @@ def test_fewer_partitions_lower_the_recall_but_keep_the_order(build: Build, vect
     share = share_found(brute_force(vectors, queries, 8), rows_of(database, result))
     assert 0.7 < share < 1
     assert (np.diff(result.similarities, axis=1) <= 0).all()
+
+
+def test_a_join_of_many_queries_reads_the_partition_in_sequence_once(
+    in_lists: Database, monkeypatch: pytest.MonkeyPatch, compiled_library: object
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(FileCache, "read_through", lambda _, name: read.append(name.rpartition("/")[2]))
+    monkeypatch.setattr(list_join, "MANY_QUERIES", 40)
+    stored = DeviceRows(in_lists.open_partition(0), torch.device("cpu"))
+    for count, names in ((39, []), (40, ["index.faiss", "embeddings.npy"]), (41, ["index.faiss", "embeddings.npy"])):
+        join_rows(stored, clustered(count, seed=1), settings(lists=8))
+        assert read == names

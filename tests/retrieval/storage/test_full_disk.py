@@ -12,7 +12,7 @@ import pytest
 
 from retrieval import Root
 from retrieval.errors import NodeError
-from retrieval.storage.full_disk import full_disk_named
+from retrieval.storage.full_disk import full_disk_named, write_errors_named
 from retrieval.storage.lease import lease
 from retrieval.storage.temp_folders import temporary_folder
 from tests.full_disk import files_of_at_most
@@ -78,3 +78,21 @@ def test_other_errors_are_not_changed(tmp_path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     with pytest.raises(RuntimeError, match="another"), full_disk_named(tmp_path):
         raise RuntimeError("another")
+
+
+@pytest.mark.parametrize(
+    ("failed", "is_named"),
+    [
+        ("/data/db", True),
+        ("/data/db/partitions/1", True),
+        ("/data/db/x", True),
+        ("/data", True),
+        ("name", True),
+        ("/data/vectors.parquet", False),
+        ("/other/db", False),
+    ],
+)
+def test_a_file_that_cannot_be_read_elsewhere_is_not_called_write_protected(failed: str, is_named: bool) -> None:
+    expected = pytest.raises(NodeError, match="/data/db/x cannot be written") if is_named else pytest.raises(OSError)
+    with expected, write_errors_named(Path("/data/db/x")):
+        raise PermissionError(errno.EACCES, "denied", failed)

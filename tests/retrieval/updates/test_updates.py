@@ -428,7 +428,13 @@ def test_a_database_that_was_opened_before_it_is_replaced_must_be_opened_again(
 
 
 def test_columns_of_numbers_of_several_types_are_merged(tmp_path: Path) -> None:
-    years = {"whole": [1900, 1950], "fractions": [1900.5, None], "large": [2**60 + 1, 2]}
+    years = {
+        "whole": pa.array([1900, 1950]),
+        "fractions": pa.array([1900.5, None]),
+        "large": pa.array([2**60 + 1, 2]),
+        "short": pa.array([20_000_001, 2], pa.int32()),
+        "short fractions": pa.array([0.5, None], pa.float32()),
+    }
     for first, (name, year) in enumerate(years.items()):
         rows = pa.table({"image_id": [first * 2, first * 2 + 1], "year": year})
         build_database(tmp_path / name, clustered(2, seed=first), rows, encoder=IDENTITY)
@@ -439,6 +445,8 @@ def test_columns_of_numbers_of_several_types_are_merged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="different types: Integer value 1152921504606846977 not in range"):
         merge_databases(tmp_path / "refused", [Root(tmp_path / "fractions"), Root(tmp_path / "large")])
     assert not (tmp_path / "refused").exists()
+    short = merge_databases(tmp_path / "all", [Root(tmp_path / "short"), Root(tmp_path / "short fractions")])
+    assert short.metadata_at(np.arange(4)).sort_by("image_id")["year"].to_pylist() == [20_000_001, 2, 0.5, None]
 
 
 def test_databases_that_cannot_be_merged_are_refused(tmp_path: Path, vectors: Vectors) -> None:
