@@ -25,12 +25,15 @@ def stored_manifest(root: Root) -> Manifest:
 
 def database_manifest(root: Root) -> Manifest:
     """As `stored_manifest`, without a comparison with the files."""
-    if not root.exists("manifest.json"):
+    try:
+        manifest = read_manifest(root, "")
+    except UserError:
+        if root.exists("manifest.json"):
+            raise
         raise UserError(
             f"{root.url} is no database: it has no manifest.json. Name the folder of a finished database, or run the "
             "build or merge that did not finish there again."
-        )
-    manifest = read_manifest(root, "")
+        ) from None
     if "encoder" not in manifest.values or "rows" not in manifest.values:
         raise UserError(f"{root.url} is the output of stage {manifest.stage!r}; expected a database.")
     if manifest.schema_version != SCHEMA_VERSION:

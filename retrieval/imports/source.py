@@ -119,8 +119,8 @@ def further_columns(table: pa.Schema, columns: SourceColumns, location: str) -> 
     others = [f"{field.name} ({field.type})" for field in fields if field.name not in names and not _is_vector(field)]
     if others:
         warnings.warn(
-            f"{location}: left out, because a database keeps only further columns of texts, numbers, truth values, times, "
-            f"and lists of texts or integers: {', '.join(others)}. Convert these columns to keep them.",
+            f"{location}: left out, because a database keeps only further columns of texts, numbers, truth values, "
+            f"times, and lists of texts or integers: {', '.join(others)}. Convert these columns to keep them.",
             UserWarning,
             stacklevel=2,
         )

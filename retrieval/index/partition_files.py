@@ -272,7 +272,7 @@ class PartitionFiles:
 
     @property
     def list_search(self) -> ListSearch | None:
-        """The compiled search; None where faiss searches, as for 8-bit numbers. Raises UserError for a damaged index."""
+        """The compiled search; None where faiss searches, as 8-bit numbers. Raises UserError for a damaged index."""
         with self._lock:
             return self._list_search
 

@@ -66,9 +66,7 @@ def join_lists(stored: DeviceRows, search: ListSearch, queries: Vectors, config:
     return similarities, rows, copies
 
 
-def _search(
-    stored: DeviceRows, search: ListSearch, queries: Vectors, k: int, lists: int
-) -> tuple[Vectors, Numbers]:
+def _search(stored: DeviceRows, search: ListSearch, queries: Vectors, k: int, lists: int) -> tuple[Vectors, Numbers]:
     """The k best visible rows of each query in so many lists."""
     candidates = k * max(CANDIDATES_PER_RESULT, lists // LISTS_PER_CANDIDATE)
     visible = stored.partition.visible

@@ -45,8 +45,8 @@ def list_entries(index: Any) -> Numbers:
 def map_index(path: Path, num_lists: int, entries: Numbers) -> MappedIndex | None:
     """The index in a file, or None if its lists are no faiss.BlockInvertedLists with 32 rows a block.
 
-    num_lists: how many it has. entries: `list_entries`. Raises ValueError unless lists of these sizes begin at the first
-    mark of lists and end with the file, and RuntimeError where faiss cannot read the rest.
+    num_lists: how many it has. entries: `list_entries`. Raises ValueError unless lists of these sizes begin at the
+    first mark of lists and end with the file, and RuntimeError where faiss cannot read the rest.
     """
     mark = SIZES.pack(MARK, num_lists, NO_CODE_SIZE, BLOCK_ROWS, 0)[:-NUMBER_BYTES]
     with path.open("rb") as file:

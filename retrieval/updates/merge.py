@@ -100,7 +100,7 @@ def _columns_of_all(databases: Sequence[Database]) -> pa.Schema:
 
 
 def _unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """The columns of all schemas. Arrow would put whole numbers of 32 bits in fractions that do not hold all of them."""
+    """The columns of all schemas. Arrow would put int32 numbers in float32 fractions, which do not hold all of them."""
     unified = pa.unify_schemas(schemas, promote_options="permissive")
     for number, field in enumerate(unified):
         kinds = {schema.field(field.name).type for schema in schemas if field.name in schema.names}

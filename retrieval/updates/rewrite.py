@@ -21,7 +21,6 @@ from retrieval.database.build import write_listed_partition, write_partition
 from retrieval.database.coverage import COPY_SIMILARITY
 from retrieval.database.database import Database
 from retrieval.database.stored_manifest import database_manifest
-from retrieval.errors import UserError
 from retrieval.index.inverted_lists import update_inverted_lists
 from retrieval.index.partition import Partition
 from retrieval.index.rerank import JoinedRows, stored_rows

@@ -64,9 +64,7 @@ def test_more_lists_raise_the_recall_up_to_one(
     np.testing.assert_array_equal(results[5].positions, exact.positions)
 
 
-def test_a_search_in_lists_gives_exact_similarities_in_order(
-    in_lists: Database, queries: Vectors, engine: str
-) -> None:
+def test_a_search_in_lists_gives_exact_similarities_in_order(in_lists: Database, queries: Vectors, engine: str) -> None:
     result = join_database(in_lists, queries, settings(lists=16))
     stored = in_lists.embeddings().astype(np.float32)
     exact = np.einsum("nkd,nd->nk", stored[result.positions], queries)
