@@ -234,25 +234,36 @@ def test_a_column_that_occurs_twice_is_an_error_that_names_it(folder: Path) -> N
             listed(folder / name)
 
 
-@pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
+def write_parts(path: Path, table: pa.Table) -> None:
+    """Write parts of two rows: Parquet, an Arrow file (`f.arrow`) or an Arrow stream."""
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=2)
+        return
+    new = pa.ipc.new_file if path.name == "f.arrow" else pa.ipc.new_stream
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def follow_advice(error: UserError, path: Path) -> None:
+    """Run the command that an error names, and remove the old file."""
+    command = str(error).partition("Run: ")[2].removesuffix(" and then remove the old file.")
+    subprocess.run(command.replace("python3", sys.executable, 1), shell=True, check=True)
+    path.unlink()
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow", "f.arrow"])
 def test_two_columns_of_pictures_are_an_error_with_a_command_that_removes_one(tmp_path: Path, name: str) -> None:
     images = pa.array([{"bytes": jpeg("red"), "path": None}])
     table = pa.table({"image": images, "text": ["red"], "mask": images, "jpg": [b"x"]})
     path = tmp_path / "it's" / name
     path.parent.mkdir()
-    if name == "t.parquet":
-        pq.write_table(table, path)
-    else:
-        with pa.ipc.new_stream(path, table.schema) as writer:
-            writer.write_table(table)
+    write_parts(path, table)
     for source in (path, path.parent):
         with pytest.raises(
             UserError, match=rf"{name}: the columns 'image', 'mask', 'jpg' have pictures\. Wanted"
         ) as error:
             listed(source)
-    command = str(error.value).partition("Run: ")[2].removesuffix(" and then remove the old file.")
-    subprocess.run(command.replace("python3", sys.executable, 1), shell=True, check=True)
-    path.unlink()
+    follow_advice(error.value, path)
     [picture] = listed(path.parent)[0]
     assert (picture.caption, picture.content.read()) == ("red", jpeg("red"))
 
@@ -264,19 +275,13 @@ def test_lists_of_pictures_are_an_error_with_a_command_that_gives_each_a_row(tmp
     table = pa.table({"id": [1, 2, 3, 4], "images": lists, "text": ["two", "none", "null", "one"]})
     path = tmp_path / "it's" / name
     path.parent.mkdir()
-    if name == "t.parquet":
-        pq.write_table(table, path, row_group_size=2)
-    else:
-        with pa.ipc.new_stream(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=2)
+    write_parts(path, table)
     for source in (path, path.parent):
         with pytest.raises(
             UserError, match=rf"{name}: column 'images' has lists of pictures \(list<.*a row\. Run"
         ) as error:
             listed(source)
-    command = str(error.value).partition("Run: ")[2].removesuffix(" and then remove the old file.")
-    subprocess.run(command.replace("python3", sys.executable, 1), shell=True, check=True)
-    path.unlink()
+    follow_advice(error.value, path)
     pictures, _ = listed(path.parent)
     assert [(picture.caption, picture.content.read()) for picture in pictures] == [
         ("two", jpeg("red")),
