@@ -1,8 +1,7 @@
 """A join on a CPU by the compiled search of inverted lists, in one partition.
 
-Queries are searched in the order of the centroid that they are nearest to, of a few. So queries that visit the same
-lists follow each other, and most codes and rows that a search reads are still in the caches. The result of a query does
-not depend on the others.
+Queries are grouped by the nearest of a few centroids. The queries of a group visit the same lists, so most codes and
+rows that a search reads are still in the caches. The result of a query does not depend on the others.
 """
 
 import ctypes
@@ -18,7 +17,7 @@ from retrieval.kernel.list_search import ListSearch, Settings
 from retrieval.recipe import JoinConfig
 
 MANY_QUERIES = 2_000
-"""Searches of so many queries take longer than to read a partition, and most of its rows are read by many more."""
+"""A join of so many queries reads the whole files first. This takes less time than the searches."""
 ORDERING_CENTROIDS = 256
 """Least centroids by which queries are ordered: a product with them takes a 25th of the time of a search."""
 SPARE_RESULTS = 2
@@ -26,7 +25,7 @@ SPARE_RESULTS = 2
 MORE_RESULTS = 4
 """Factor of the results of the next search of a query with more near copies."""
 MAX_RESULTS = 64
-"""Results for each neighbor in the last search. A query with more near copies gets too few neighbors here."""
+"""Most results for each wanted neighbor. A query with more near copies gets too few neighbors."""
 RESULTS_AT_ONCE = 1 << 22
 """Results in memory: 90 MB."""
 CANDIDATES_PER_RESULT = 8
