@@ -178,7 +178,7 @@ class Root:
         try:
             with self._store_errors(name):
                 return bytes(self.fs.cat_file(f"{self._base}/{name}"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read_json(self, name: str) -> Any:
