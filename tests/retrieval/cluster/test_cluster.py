@@ -247,7 +247,7 @@ def test_the_error_names_partitions_that_no_actor_can_open_again(
     folder = str(database.root.local_path(""))
     shutil.move(folder, f"{folder}-away")
     kill_one(cluster, 0)
-    with pytest.raises(UserError, match=r"partitions 0, 1, 2, 3, 4, 5 of .*six: no actor can be reached.*has no manifest"):
+    with pytest.raises(UserError, match=r"partitions 0, 1, 2, 3, 4, 5 of .*six: no actor .* no manifest"):
         cluster.search(queries, 3)
     shutil.move(f"{folder}-away", folder)
     assert_same(cluster.search(queries, 3), database, queries, 3)
