@@ -98,7 +98,7 @@ capacity: install ## storage, hours and cost at full size: of laion2b.toml, or o
 	@$(BIN)/python -m jobs.capacity $(if $(filter file,$(origin RECIPE)),jobs/configs/laion2b.toml,$(RECIPE)) $(ARGS)
 
 test: install ## run all tests and doctests, in WORKERS processes
-	OMP_NUM_THREADS=1 XDG_CACHE_HOME="$(CURDIR)/$(VENV)/cache" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 XDG_CACHE_HOME="$(CURDIR)/$(VENV)/cache" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 check: install ## lint, format, types, then all tests; CI runs this
 	$(BIN)/ruff check .
