@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 SOURCE = Path(__file__).with_name("list_search.cpp")
-COMMAND = ("g++", "-std=c++17", "-O3", "-mavx2", "-mfma", "-mf16c", "-shared", "-fPIC", "-pthread")
+COMMAND = ("g++", "-std=c++17", "-O3", "-mavx2", "-mfma", "-mf16c", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 COMPILE_TIMEOUT_S = 120
 WRITABLE_BY_OTHERS = 0o022
 
