@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import pyarrow as pa
+import pyarrow.csv
 
 from retrieval.errors import UserError
 
@@ -141,12 +142,41 @@ def from_json_array(path: str) -> str:
     return _conversion(path, f"python3 -c {shlex.quote(program)}", ".jsonl")
 
 
-def _conversion(path: str, program: str, suffix: str = "") -> str:
-    """The advice to convert a text file with a program. suffix: added to the name; "" for .utf8 before the suffix."""
+@dataclass
+class WrongRows:
+    """Counts the rows of a CSV or TSV file with another number of fields than the header."""
+
+    path: str
+    delimiter: str
+    count: int = 0
+    first: str = ""
+    """Line of the first of them, and its number of fields."""
+    remedy: str = "Mend or remove the file."
+
+    def add(self, row: pyarrow.csv.InvalidRow) -> None:
+        """Count a row."""
+        self.count += 1
+        if self.count > 1:
+            return
+        self.first = f"line {row.number:,}: found {row.actual_columns:,} fields, wanted {row.expected_columns:,}"
+        if row.actual_columns == row.expected_columns + 1 and row.text.rstrip("\r\n").endswith(self.delimiter):
+            self.first += f"; it ends in the delimiter {self.delimiter!r}"
+            self.remedy = _without_last(self.path, self.delimiter)
+
+
+def _without_last(path: str, delimiter: str) -> str:
+    """The advice to remove a delimiter at the end of every line of a file."""
+    cut = f'line.rstrip(b"\\r\\n").removesuffix({json.dumps(delimiter)}.encode()) + b"\\n"'
+    program = f"import sys; [sys.stdout.buffer.write({cut}) for line in sys.stdin.buffer]"
+    return _conversion(path, f"python3 -c {shlex.quote(program)}", mark=".cut")
+
+
+def _conversion(path: str, program: str, suffix: str = "", mark: str = ".utf8") -> str:
+    """The advice to convert a text file with a program. suffix: added to the name; "" for `mark` before the suffix."""
     path = PurePosixPath(path).name if "://" in path else path
     packed = next(end for end in reversed(DECOMPRESS) if path.lower().endswith(end))
     stem = path[: len(path) - len(packed)]
     former = PurePosixPath(stem).suffix
-    new = f"{stem}{suffix}" if suffix else f"{stem.removesuffix(former)}.utf8{former}"
+    new = f"{stem}{suffix}" if suffix else f"{stem.removesuffix(former)}{mark}{former}"
     reader = f"{DECOMPRESS[packed]} < {shlex.quote(path)} | {program}" if packed else f"{program} < {shlex.quote(path)}"
     return f"Run: {reader} > {shlex.quote(new)} and then remove the old file."

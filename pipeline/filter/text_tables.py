@@ -20,7 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipeline.filter.metadata_formats import MetadataFormat
-from pipeline.filter.text_checks import LineEncodings, RowPatterns, from_json_array, require_utf8, to_json_lines
+from pipeline.filter.text_checks import (
+    LineEncodings,
+    RowPatterns,
+    WrongRows,
+    from_json_array,
+    require_utf8,
+    to_json_lines,
+)
 from retrieval.errors import UserError
 from retrieval.storage.data_files import unique_keys
 from retrieval.storage.root import Root
@@ -45,7 +52,9 @@ class TextTable:
     bad_rows: int
     """Number of further rows that cannot be read."""
     first_bad: str = ""
-    """Line of the first of them, and why it cannot be read; only of JSON lines."""
+    """Line of the first of them, and why it cannot be read."""
+    remedy: str = "Mend or remove the file."
+    """What to do if no row can be read."""
     nested: Counter[frozenset[str]] = field(default_factory=Counter)
     """Number of rows with lists or objects as values, by the columns with them."""
 
@@ -86,7 +95,7 @@ def read_text(
             return
         layout = _layout(source, name, published)
         with _opened(source, name) as stream:
-            yield from _csv_batches(stream, layout, columns, lambda text: None)
+            yield from _csv_batches(stream, layout, columns, lambda row: None)
 
 
 @contextmanager
@@ -138,14 +147,14 @@ def _layout(source: Root, name: str, published: MetadataFormat) -> _Layout:
 
 
 def _csv_batches(
-    stream: Any, layout: _Layout, columns: Sequence[str], bad: Callable[[str], None]
+    stream: Any, layout: _Layout, columns: Sequence[str], bad: Callable[[pyarrow.csv.InvalidRow], None]
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of these columns. bad: is called with the text of each row that cannot be read."""
+    """Batches of these columns. bad: is called with each row that cannot be read."""
     if not layout.names:
         return
 
     def left_out(row: pyarrow.csv.InvalidRow) -> str:
-        bad(row.text)
+        bad(row)
         return "skip"
 
     read = pyarrow.csv.ReadOptions(
@@ -188,22 +197,22 @@ class _WithLastRow(io.RawIOBase):
 def _inspect_csv(source: Root, name: str, layout: _Layout) -> TextTable:
     if not layout.names:
         return TextTable((), 0, 0)
-    bad: Counter[None] = Counter()
+    bad = WrongRows(source.at(name), layout.delimiter)
     with _opened(source, name) as stream:
         file = _WithLastRow(stream, layout)
         whole = pa.PythonFile(io.BufferedReader(file), "r")  # arrow takes a first read without a line end for the end
-        batches = _csv_batches(whole, layout, layout.names[:1], lambda text: bad.update([None]))
+        batches = _csv_batches(whole, layout, layout.names[:1], bad.add)
         rows = 0
         try:
             for batch in batches:
                 rows += batch.num_rows
         except pa.ArrowInvalid as error:
-            raise pa.ArrowInvalid(f"{error}, behind {rows + bad.total():,} rows") from error
+            raise pa.ArrowInvalid(f"{error}, behind {rows + bad.count:,} rows") from error
     file.encodings.require_utf8(source.at(name))
-    lines = layout.lines_before + rows + bad.total()
+    lines = layout.lines_before + rows + bad.count
     if file.encodings.lines != lines:  # so a row has several lines, or lines are empty
         _check_quotes(source, name, layout)
-    return TextTable(layout.names, rows - 1, bad.total())
+    return TextTable(layout.names, rows - 1, bad.count, bad.first, bad.remedy)
 
 
 def _check_quotes(source: Root, name: str, layout: _Layout) -> None:
@@ -224,7 +233,7 @@ def _check_quotes(source: Root, name: str, layout: _Layout) -> None:
 
     with _opened(source, name) as stream:
         file = pa.PythonFile(io.BufferedReader(_WithLastRow(stream, layout)), "r")
-        for batch in _csv_batches(file, numbered, numbered.names, lambda text: bad.append(text.encode())):
+        for batch in _csv_batches(file, numbered, numbered.names, lambda row: bad.append(row.text.encode())):
             if is_first and batch.num_rows:
                 patterns, is_first = RowPatterns.of(batch, layout.delimiter), False
             for number, column in enumerate(batch.columns):
@@ -275,7 +284,7 @@ def _inspect_json(source: Root, name: str) -> TextTable:
         if columns := [key for key, value in row.items() if isinstance(value, list | dict)]:
             nested[frozenset(columns)] += 1
     encodings.require_utf8(source.at(name))
-    return TextTable(tuple(names), rows, bad_rows, first_bad, nested)
+    return TextTable(tuple(names), rows, bad_rows, first_bad, nested=nested)
 
 
 def _refuse_array(source: Root, name: str) -> None:

@@ -137,6 +137,27 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> No
     assert values(tmp_path) == 2 * EXPECTED
 
 
+@pytest.mark.parametrize("name", ["a b.csv", "a.tsv.gz"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_delimiter_at_the_end_of_every_row_is_an_error_with_a_command_that_removes_it(
+    tmp_path: Path, name: str, end: str
+) -> None:
+    delimiter = "\t" if ".tsv" in name else ","
+    header, *rows = (TSV if ".tsv" in name else separated(",")).decode().splitlines()
+    data = end.join([header, *(f"{row}{delimiter}" for row in rows), ""]).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    message = r"none of its 2 rows can be read \(first line 2: found 7 fields, wanted 6; it ends in the delim"
+    with pytest.raises(UserError, match=message) as error:
+        plan(tmp_path)
+    subprocess.run(conversion(str(error.value)), shell=True, check=True)
+    path.unlink()
+    assert values(tmp_path) == EXPECTED
+    (tmp_path / "b.csv").write_bytes(HEADER + b"1,2,3,4,5\n")
+    with pytest.raises(UserError, match=r"first line 2: found 5 fields, wanted 6\)\. Mend or remove the file"):
+        plan(tmp_path)
+
+
 def test_texts_with_invalid_bytes_come_through_json_and_csv(tmp_path: Path) -> None:
     settings = {"missing_watermark": "keep", "missing_safety": "keep", "missing_size": "keep"}
     (tmp_path / "a.csv").write_bytes(b"url,text\nhttp://a.org/1,caf\xe9\nhttp://a.org/1,\xc3\xa9\n")
