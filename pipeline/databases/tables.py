@@ -20,7 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.databases.sources import FIELDS, SUFFIXES, Fields, FileRange, Item, check_names, decoded, read_fields
+from pipeline.databases.csv_tables import Row, body_of, csv_rows
+from pipeline.databases.sources import FIELDS, Fields, FileRange, Item, check_names, decoded, read_fields
 from retrieval.errors import UserError
 from retrieval.storage.arrow_columns import is_number, plain_type
 from retrieval.storage.data_files import RepeatedKeyError, unique_keys
@@ -29,13 +30,9 @@ from retrieval.storage.listing import is_inside, safe_text
 IMAGE_TABLES = (".parquet", ".arrow")
 TABLES = (".csv", ".tsv", ".jsonl", *IMAGE_TABLES)
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
-DELIMITERS = ",;\t|"
-LAST_ROW = "last row (not in the file)"
-"""A row that is added to a CSV file. It is not read as a row if the file ends in quotes."""
 NO_PICTURES = "a table without pictures"
 ARROW_MARK = b"ARROW1"
 """Start of an Arrow file; a stream has none."""
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -223,7 +220,7 @@ def _read_table(path: Path) -> tuple[list[str], list[Row]]:
         return schema.names, _image_free_rows(path, schema)
     try:
         text = decoded(path.read_bytes())
-        return _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
+        return _json_rows(path, text) if path.suffix.lower() == ".jsonl" else csv_rows(path, text)
     except (OSError, csv.Error) as error:
         raise UserError(f"{path} is not a readable table: {error}") from error
 
@@ -231,7 +228,7 @@ def _read_table(path: Path) -> tuple[list[str], list[Row]]:
 def _json_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
     """The objects of JSON lines; a line that is no object is an empty row."""
     rows: list[Row] = []
-    body, first = _body(text)
+    body, first = body_of(text)
     lines = io.StringIO(body, newline=None)  # str.splitlines also divides at characters that texts may have
     for number, line in enumerate(lines, first):
         try:
@@ -245,71 +242,6 @@ def _json_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
         rows.append(row if isinstance(row, dict) else {})
         check_names(rows[-1], path)
     return list({column: None for row in rows for column in row}), rows
-
-
-def _csv_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
-    body, first = _body(text)
-    candidates = [next(csv.reader(io.StringIO(body), delimiter=delimiter), [""]) for delimiter in DELIMITERS]
-    with_paths = [cells for cells in candidates if _has_path_column(cells)]
-    header = max(with_paths or candidates, key=len)
-    lines = _csv_lines(path, body, DELIMITERS[candidates.index(header)], first)
-    columns = ["path", "label"] if _is_path(header[0]) else header
-    if too_long := [line for line in lines if any(map(str.strip, line[1][len(columns) :]))]:
-        number, cells = too_long[0]
-        raise UserError(
-            f"{path}, line {number:,} has {len(cells)} cells. Wanted: at most {len(columns)}"
-            f" ({', '.join(columns)}). Rows with more: {len(too_long):,}. Quote cells that contain the separator, or"
-            " remove cells."
-        )
-    if columns is not header:
-        classes = _classes(path)
-        named = [[*cells, "", ""][:2] for _, cells in lines]
-        return columns, [{"path": file, "label": classes.get(label, "")} for file, label in named]
-    check_names(header, path)
-    return header, [dict(zip(header, cells, strict=False)) for _, cells in lines[1:]]
-
-
-def _csv_lines(path: Path, body: str, delimiter: str, first: int) -> list[tuple[int, list[str]]]:
-    """The last line and the cells of each row of a CSV file, whose first line has the number `first`."""
-    whole = body if body.endswith("\n") else body.removesuffix("\r") + "\n"
-    reader = csv.reader(io.StringIO(whole + LAST_ROW), delimiter=delimiter)
-    lines: list[tuple[int, list[str]]] = []
-    problem = ""
-    try:
-        lines.extend((first + reader.line_num - 1, cells) for cells in reader)
-        if lines.pop()[1] == [LAST_ROW]:
-            return lines
-    except csv.Error as error:
-        problem = str(error)
-    row = f"the row that begins in line {lines[-1][0] + 1 if lines else first:,}"
-    if problem:
-        raise UserError(f"{path} is not a readable table: {problem}, in {row}. A quote there may not be closed.")
-    raise UserError(
-        f"{path}: a quote in {row} is not closed, so that all lines behind it are one cell. Close or remove the quote."
-    )
-
-
-def _body(text: str) -> tuple[str, int]:
-    """A text without empty lines and the line `sep=` of Excel at its beginning, and the number of its first line."""
-    body = text.lstrip("\r\n")
-    if body.startswith("sep="):
-        body = body.partition("\n")[2].lstrip("\r\n")
-    return body, 1 + len(io.StringIO(text[: len(text) - len(body)], newline=None).readlines())
-
-
-def _has_path_column(cells: list[str]) -> bool:
-    return _is_path(cells[0]) or any(cell.strip().lower() in FIELDS["path"] for cell in cells)
-
-
-def _is_path(cell: str) -> bool:
-    return PurePosixPath(cell).suffix.lower() in SUFFIXES
-
-
-def _classes(path: Path) -> dict[str, str]:
-    """Names of the styles by number, from lines such as `3 Baroque` in `style_class.txt`."""
-    classes = path.with_name(f"{path.stem.rpartition('_')[0]}_class.txt")
-    lines = decoded(classes.read_bytes()).splitlines() if classes.is_file() else []
-    return {number: name.strip() for number, _, name in (line.strip().partition(" ") for line in lines)}
 
 
 def _find_file(roots: Sequence[Path], fields: Fields, row: Fields) -> Path | None:

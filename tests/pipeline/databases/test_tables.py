@@ -88,6 +88,38 @@ def test_a_quote_that_is_not_closed_is_an_error_that_names_the_line_of_its_row(f
     assert ([picture.caption for picture in pictures], missing) == (["1\n2"], len(end) // 2)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'path,text\nx.jpg,"a\nb"\na.jpg,"open\nsub/b.jpg,closed"\ndürer.jpg,two\n',
+        'text,path\n"a, b\nc",x.jpg\n"open,a.jpg\none,dürer.jpg\n5 ft 3",sub/b.jpg\n',
+        'path;text\r\nx.jpg;"a\r\nb"\r\na.jpg;"open\r\n"sub/b.jpg";one"\r\n',
+        'x.jpg,"a\nb",\na.jpg,0\n"a.jpg,0\n" sub/b.jpg,1\n',
+    ],
+)
+def test_a_quote_that_a_later_row_closes_is_an_error_that_names_the_lines(folder: Path, text: str) -> None:
+    (folder / "t.csv").write_text(text)
+    with pytest.raises(
+        UserError, match=r"t\.csv: a quote in the row that begins in line 4 .* up to [56] are one row\."
+    ):
+        listed(folder / "t.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'path,text\na.jpg,"as in\nsub/b.jpg\n"\nsub/b.jpg,two',
+        'text,path\n"one, two\nthree, four",a.jpg\n,sub/b.jpg',
+        'path,text,url\na.jpg,"b, c\nd, e",http://x.org/a.jpg\nsub/b.jpg',
+        "path,text\ra.jpg,one\rsub/b.jpg,two\r",
+    ],
+)
+def test_texts_of_several_lines_and_old_line_ends_are_read(folder: Path, text: str) -> None:
+    (folder / "t.csv").write_bytes(text.encode())
+    pictures, missing = listed(folder / "t.csv")
+    assert ([picture.name for picture in pictures], missing) == (["a.jpg", "sub/b.jpg"], 0)
+
+
 def test_a_json_object_with_a_key_twice_is_an_error_that_names_key_and_place(folder: Path) -> None:
     repeated = '{"file_name": "a.jpg", "text": "one", "text": "two"}'
     (folder / "t.jsonl").write_text(f'\n{{"file_name": "a.jpg"}}\n{repeated}\n')
