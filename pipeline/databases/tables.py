@@ -30,6 +30,7 @@ from retrieval.storage.listing import is_inside, safe_text
 IMAGE_TABLES = (".parquet", ".arrow")
 TABLES = (".csv", ".tsv", ".jsonl", *IMAGE_TABLES)
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
+FILE_NAME = "file_name"
 NO_PICTURES = "a table without pictures"
 ARROW_MARK = b"ARROW1"
 """Start of an Arrow file; a stream has none."""
@@ -62,11 +63,27 @@ def path_items(path: Path, roots: Sequence[Path]) -> Iterator[Item | None]:
             f"{path} has no column of paths. Its columns: {', '.join(map(repr, columns))}."
             f" Wanted: one of {', '.join(FIELDS['path'])}."
         )
-    for row in rows:
-        fields = read_fields(row)
-        file = _find_file(roots, fields, row) if "path" in fields else None
+    for file, fields in _row_files(rows, roots):
         name = safe_text(file.relative_to(roots[0]).as_posix()) if file else ""
         yield Item(name, FileRange(file), fields, PurePosixPath(name).parts[:-1]) if file else None
+
+
+def described_files(path: Path, roots: Sequence[Path]) -> list[tuple[Path | None, Fields]] | None:
+    """The file, None if there is none, and the fields of each row of a table of an ImageFolder of Hugging Face.
+
+    Such a table has a column `file_name`. None for another table. roots: as for `path_items`.
+    """
+    if has_images(path):
+        return None
+    columns, rows = _read_table(path)
+    return list(_row_files(rows, roots)) if FILE_NAME in {column.strip().lower() for column in columns} else None
+
+
+def _row_files(rows: list[Row], roots: Sequence[Path]) -> Iterator[tuple[Path | None, Fields]]:
+    """The file and the fields of each row; no file if it has no path or its file is missing."""
+    for row in rows:
+        fields = read_fields(row)
+        yield _find_file(roots, fields, row) if "path" in fields else None, fields
 
 
 def image_items(path: Path, name: str, left_out: Counter[str]) -> Iterator[Item]:
