@@ -20,6 +20,7 @@ from pipeline.databases.sources import (
     Item,
     check_names,
     is_picture,
+    joined,
     read_fields,
     text_of,
 )
@@ -93,7 +94,7 @@ def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
                 key = str(PurePosixPath(name).with_suffix(f".{kind}"))
                 if key in sidecars and key not in read:
                     read[key] = _member_fields(sidecars[key], sidecars[key].read_bytes(), left_out)
-                fields = {**fields, **read.get(key, {})}
+                fields = joined(fields, read.get(key, {}))
             text, other = safe_text(name), escaped_text(name)
             yield Item(text, FileRange(path), fields, PurePosixPath(text).parts[:-1], other if other != text else "")
         elif suffix not in SIDECAR_SUFFIXES:

@@ -59,10 +59,8 @@ def path_items(path: Path, roots: Sequence[Path]) -> Iterator[Item | None]:
     """
     columns, rows = _read_table(path)
     if not set(FIELDS["path"]) & {column.strip().lower() for column in columns}:
-        raise UserError(
-            f"{path} has no column of paths. Its columns: {', '.join(map(repr, columns))}."
-            f" Wanted: one of {', '.join(FIELDS['path'])}."
-        )
+        found = f"has no column of paths. Its columns: {', '.join(map(repr, columns))}" if columns else "is empty"
+        raise UserError(f"{path} {found}. Wanted: a column of paths, named {' or '.join(FIELDS['path'])}.")
     for file, fields in _row_files(rows, roots):
         name = safe_text(file.relative_to(roots[0]).as_posix()) if file else ""
         yield Item(name, FileRange(file), fields, PurePosixPath(name).parts[:-1]) if file else None
@@ -205,7 +203,7 @@ def _image_free_rows(path: Path, schema: pa.Schema) -> list[Row]:
     """The rows of the columns of values, without pictures, with names for numbers of classes."""
     check_names(schema.names, path)
     types = {field.name: plain_type(field.type) for field in schema}
-    simple = [name for name, kind in types.items() if kind in (pa.string(), pa.bool_()) or is_number(kind)]
+    simple = [name for name, kind in types.items() if _are_values(name, kind)]
     try:
         arrow = path.suffix.lower() == ".arrow"
         table = _arrow_table(path).select(simple) if arrow else pq.ParquetFile(path).read(simple)
@@ -214,6 +212,13 @@ def _image_free_rows(path: Path, schema: pa.Schema) -> list[Row]:
     classes = _class_names(schema)
     rows = table.to_pylist() if simple else [{}] * table.num_rows
     return [{name: _class_name(value, classes.get(name)) for name, value in row.items()} for row in rows]
+
+
+def _are_values(name: str, kind: pa.DataType) -> bool:
+    """Whether a column of a plain type has values that `read_fields` reads: of lists only those of FIELDS."""
+    if kind == pa.list_(pa.string()):
+        return any(name.strip().lower() in names for names in FIELDS.values())
+    return kind in (pa.string(), pa.bool_()) or is_number(kind)
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
@@ -237,6 +242,8 @@ def _read_table(path: Path) -> tuple[list[str], list[Row]]:
         return schema.names, _image_free_rows(path, schema)
     try:
         text = decoded(path.read_bytes())
+        if not text.strip():
+            return [], []
         return _json_rows(path, text) if path.suffix.lower() == ".jsonl" else csv_rows(path, text)
     except (OSError, csv.Error) as error:
         raise UserError(f"{path} is not a readable table: {error}") from error
@@ -258,7 +265,20 @@ def _json_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
             row = None
         rows.append(row if isinstance(row, dict) else {})
         check_names(rows[-1], path)
+    if not any(rows):
+        raise UserError(f"{path} has no line with a JSON object. Wanted: one object a line.{_from_array(path, text)}")
     return list({column: None for row in rows for column in row}), rows
+
+
+def _from_array(path: Path, text: str) -> str:
+    """The advice to write a file with a JSON array as JSON lines; "" for another text."""
+    if not text.lstrip().startswith("["):
+        return ""
+    program = "import json; [print(json.dumps(row)) for row in json.load(open(0))]"
+    old, new = (shlex.quote(str(p)) for p in (path, path.with_suffix(".lines.jsonl")))
+    return (
+        f" It begins as an array. Run: python3 -c {shlex.quote(program)} < {old} > {new} and then remove the old file."
+    )
 
 
 def _find_file(roots: Sequence[Path], fields: Fields, row: Fields) -> Path | None:

@@ -97,6 +97,7 @@ def write_table(path: Path, rows: list[dict[str, object]]) -> None:
 def test_the_metadata_table_of_an_image_folder_describes_its_pictures(tmp_path: Path, suffix: str) -> None:
     write(tmp_path, "train/a.jpg", "train/sub/b ü.jpg", "test/a.jpg", "c.jpg")
     write(tmp_path, "train/a.txt", data=b"the text file of a")
+    write(tmp_path, "train/a.json", data=b'{"score": 0.5}')
     rows: list[dict[str, object]] = [
         {"file_name": "a.jpg", "text": "the row of a", "label": "cubism", "likes": 3},
         {"file_name": "sub/b ü.jpg", "text": "the row of b", "label": "", "likes": 4},
@@ -110,7 +111,7 @@ def test_the_metadata_table_of_an_image_folder_describes_its_pictures(tmp_path: 
     assert {picture.name: (picture.caption, picture.label, picture.further) for picture in listing.pictures} == {
         "c.jpg": ("c", "", {}),
         "test/a.jpg": ("of the test", "", {}),
-        "train/a.jpg": ("the text file of a", "cubism", {"likes": "3" if suffix == ".csv" else 3}),
+        "train/a.jpg": ("the text file of a", "cubism", {"likes": "3" if suffix == ".csv" else 3, "score": 0.5}),
         "train/sub/b ü.jpg": ("the row of b", "sub", {"likes": "4" if suffix == ".csv" else 4}),
     }
     other = (

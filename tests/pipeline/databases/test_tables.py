@@ -151,6 +151,37 @@ def test_of_several_captions_in_a_list_the_first_is_read(folder: Path) -> None:
     assert [picture.caption for picture in pictures] == ["one", "three"]
 
 
+@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.large_string())])
+def test_of_lists_of_captions_in_a_parquet_file_the_first_is_read(folder: Path, kind: pa.DataType) -> None:
+    captions = pa.array([["one", "two"], None, ["three", None]], kind)
+    tags = pa.array([["not read"], [], []])
+    images = pa.table({"image": [b"x", b"y", b"z"], "Caption": captions, "tags": tags})
+    paths = pa.table({"path": ["a.jpg", "dürer.jpg", "sub/b.jpg"], "Caption": captions, "tags": tags})
+    for table, unnamed in ((images, "0000001"), (paths, "dürer")):
+        pq.write_table(table, folder / "t.parquet")
+        pictures, missing = listed(folder / "t.parquet")
+        assert ([picture.caption for picture in pictures], missing) == (["one", unnamed, "three"], 0)
+        assert [picture.further for picture in pictures] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("separator", [", ", ",\n"])
+def test_a_json_array_is_an_error_with_a_command_that_makes_it_json_lines(folder: Path, separator: str) -> None:
+    path = folder / "it's.jsonl"
+    path.write_text(f'[{{"path": "a.jpg"}}{separator}{{"path": "dürer.jpg", "text": "ü"}}]')
+    with pytest.raises(UserError, match=r"it's\.jsonl has no line with a JSON object\. Wanted: one .* Run: ") as error:
+        listed(path)
+    follow_advice(error.value, path)
+    assert [picture.caption for picture in listed(folder / "it's.lines.jsonl")[0]] == ["a", "ü"]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_an_empty_table_is_an_error_that_says_so(folder: Path, name: str) -> None:
+    for text in ("", "\n \n"):
+        (folder / name).write_text(text)
+        with pytest.raises(UserError, match=rf"{name} is empty\. Wanted: a column of paths"):
+            listed(folder / name)
+
+
 def test_empty_lines_before_a_header_are_skipped_also_behind_the_separator_of_excel(folder: Path) -> None:
     (folder / "t.csv").write_bytes(b"sep=;\r\n\r\npath;label\r\na.jpg;x\r\n")
     pictures, missing = listed(folder / "t.csv")
