@@ -1,16 +1,19 @@
 """Checks of text files: their encoding, and whether a field of a CSV file contains rows. States how to convert them.
 
-What a row looks like tells rows inside of a field from the lines of a caption.
+What a row looks like tells rows inside of a field from the lines of a caption. `CsvBytes` gives any bytes as UTF-8.
 """
 
+import io
 import json
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from retrieval.errors import UserError
@@ -22,6 +25,14 @@ SAMPLED_ROWS = 1000
 URL = re.compile(rb"\s*[a-z][a-z0-9+.-]*://\S+\s*", re.IGNORECASE)
 NUMBER = re.compile(rb"\s*([-+]?[0-9]*\.?[0-9]+(e[-+]?[0-9]+)?|nan|none|null|)\s*", re.IGNORECASE)
 Pattern = re.Pattern[bytes]
+ESCAPES = 0x10FF00
+"""The character that stands for a byte has the code point of its value behind this one, for private use."""
+_TO_ESCAPE = re.compile("[\udc80-\udcff\U0010ff80-\U0010ffff]")
+_ESCAPE_START = b"\xf4\x8f"
+_CHARACTER_AT_END = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,2}\Z")
+_ESCAPED = re.compile(rb"\xf4\x8f[\xbe\xbf][\x80-\xbf]")
+ESCAPED_BYTES = 4
+"""Most bytes of the character for a byte."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,81 @@ class LineEncodings:
                 f" that are not ASCII. Wanted UTF-8. {_to_utf8(where, 'LATIN1')} If the file has another encoding than"
                 " Latin-1, replace LATIN1 by its name."
             )
+
+
+class CsvBytes(io.RawIOBase):
+    """The bytes of a CSV file as UTF-8, in which a character stands for each byte that is not UTF-8.
+
+    Arrow decodes rows that it leaves out. last_row: is added behind the file. encodings: counts the lines.
+    """
+
+    def __init__(self, stream: Any, last_row: bytes = b"", encodings: LineEncodings | None = None) -> None:
+        self._stream = stream
+        self._part = b""
+        self._rest = last_row
+        self._ends_line = True
+        self._encodings = encodings
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._read(len(buffer) // ESCAPED_BYTES)
+        if data:
+            self._ends_line = data.endswith(b"\n")
+        else:
+            row = self._rest if self._ends_line else b"\n" + self._rest
+            data, self._rest, self._ends_line = row[: len(buffer)], row[len(buffer) :], True
+        if self._encodings:
+            self._encodings.add(data)
+        text = _escaped(data)
+        buffer[: len(text)] = text
+        return len(text)
+
+    def _read(self, size: int) -> bytes:
+        """The next bytes, at most `size`. A character that may not be complete waits for the bytes behind it."""
+        data = b""
+        while not data and (read := self._stream.read(size - len(self._part))):
+            data = self._part + read
+            found = _CHARACTER_AT_END.search(data[-3:])
+            self._part = found[0] if found else b""
+            data = data[: len(data) - len(self._part)]
+        if not data:
+            data, self._part = self._part, b""
+        return data
+
+
+def _escaped(data: bytes) -> bytes:
+    """The bytes as UTF-8. Characters that stand for bytes are escaped too."""
+    if data.isascii():
+        return data
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        pass
+    else:
+        if _ESCAPE_START not in data:
+            return data
+    return _TO_ESCAPE.sub(_escapes, data.decode(errors="surrogateescape")).encode()
+
+
+def _escapes(found: re.Match[str]) -> str:
+    return "".join(chr(byte + ESCAPES) for byte in found[0].encode(errors="surrogateescape"))
+
+
+def unescaped(text: bytes) -> bytes:
+    """A text from CsvBytes with the bytes of the file."""
+    return _ESCAPED.sub(lambda found: bytes([ord(found[0].decode()) - ESCAPES]), text)
+
+
+def unescaped_column(column: pa.Array) -> pa.Array:
+    """A binary column of such texts with the bytes of the file."""
+    data = column.buffers()[2]
+    if not data or _ESCAPE_START not in data.to_pybytes():  # faster than searching each text
+        return column
+    has_escapes = pc.fill_null(pc.match_substring(column, _ESCAPE_START), False)
+    texts = map(unescaped, column.filter(has_escapes).to_pylist())
+    return pc.replace_with_mask(column, has_escapes, pa.array(texts, pa.binary()))
 
 
 def _to_utf8(path: str, encoding: str) -> str:

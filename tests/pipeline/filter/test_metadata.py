@@ -172,6 +172,26 @@ def test_texts_with_invalid_bytes_come_through_json_and_csv(tmp_path: Path) -> N
     assert captions == ["caf", "\u00e9", "xy", "3"]
 
 
+def test_a_row_with_too_many_fields_and_bytes_that_are_not_utf8_is_left_out_and_counted(tmp_path: Path) -> None:
+    keep = {"missing_watermark": "keep", "missing_safety": "keep", "missing_size": "keep"}
+    row = "http://a.org/é,中 \U0010ffff\n".encode()
+    rows = b"http://a.org/1,caf\xe9, two\n" + 2 * row + b"http://a.org/\xe9,\xe9\n" + row
+    (tmp_path / "a.csv").write_bytes(b"url,text\n" + rows + b"http://a.org/\xe4\xb8,caf\xe9, three\n")
+    pieces = plan(tmp_path, **keep)
+    assert [(piece.rows, piece.bad_rows) for piece in pieces.pieces] == [(4, 2)]
+    batches = [batch for piece in pieces.pieces for batch in read_piece(pieces, piece, ("url", "caption"))]
+    lines = [line for batch in batches for line in zip(*map(pa.Array.to_pylist, batch.columns), strict=True)]
+    assert [b",".join(line) + b"\n" for line in lines] == [row, row, b"http://a.org/\xe9,\xe9\n", row]
+
+
+def test_texts_longer_than_a_buffer_with_any_bytes_come_through(tmp_path: Path) -> None:
+    text = "中é\U0001f600".encode() * 100_000 + b"\xe9\xe4\xb8" * 100_000
+    (tmp_path / "a.csv").write_bytes(b"url,text\n" + b"http://a.org/1,%b\n" % text + 9 * "u,é\n".encode())
+    pieces = plan(tmp_path, missing_watermark="keep", missing_safety="keep", missing_size="keep")
+    [batch] = read_piece(pieces, pieces.pieces[0], ("caption",))
+    assert batch["caption"].to_pylist() == [text, *9 * ["é".encode()]]
+
+
 def conversion(error: str) -> str:
     """The command that an error names."""
     return error.partition("Run: ")[2].partition(" and then remove the old file.")[0]
@@ -276,6 +296,14 @@ def test_a_quote_that_a_later_row_closes_is_an_error_with_its_line(tmp_path: Pat
     content = HEADER + text + GOOD + b'http://a.org/x,"open,1,1,0,0\n' + GOOD + closing + GOOD
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.csv: a quote in line 13 is not closed.* up to line 23 are one field"):
+        plan(tmp_path)
+
+
+def test_a_quote_that_is_not_closed_has_its_line_also_among_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    good = "http://a.org/\u00e9,one,800,600,0.25,0.5\n".encode()
+    opened, closed = b'http://a.org/x,"caf\xe9, one,1,1,0,0\n', b'http://a.org/y,caf\xe9",800,600,0,0\n'
+    (tmp_path / "a.csv").write_bytes(HEADER + 9 * good + opened + 9 * good + closed + GOOD)
+    with pytest.raises(UserError, match=r"a\.csv: a quote in line 11 is not closed.* up to line 21 are one field"):
         plan(tmp_path)
 
 
