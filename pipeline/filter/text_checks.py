@@ -19,6 +19,8 @@ import pyarrow.csv
 from retrieval.errors import UserError
 
 DECOMPRESS = {"": "", ".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".zst": "zstd -dc"}
+SIGNATURES = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+"""Suffixes of files by their first bytes."""
 MIN_ROWS_IN_FIELD = 3
 """Fewest lines of a field that are rows if a quote before them is not closed."""
 SAMPLED_ROWS = 1000
@@ -82,7 +84,15 @@ def _pattern(values: Sequence[bytes]) -> Pattern | None:
 
 
 def require_utf8(beginning: bytes, where: str) -> None:
-    """Raises UserError for a text that begins as one in UTF-16 or UTF-32, with a byte order mark or without."""
+    """Raises UserError for a text that begins as one in UTF-16 or UTF-32, or as a file that is no text."""
+    for signature, suffix in SIGNATURES.items():
+        if beginning.startswith(signature):
+            packed = next(end for end in reversed(DECOMPRESS) if where.lower().endswith(end))
+            name = PurePosixPath(where[: len(where) - len(packed)]).name
+            raise UserError(
+                f"{where} is no text: it begins with the bytes {beginning[:4].hex(' ')} of a {suffix} file."
+                f" {'Decompress it and rename the result' if packed else 'Rename it'} to {name}{suffix}."
+            )
     if not (detected := json.detect_encoding(beginning[:4])).startswith("utf-8"):
         encoding = detected.upper().replace("-LE", "LE").replace("-BE", "BE")
         first = beginning[:4].hex(" ")

@@ -131,12 +131,12 @@ def _is_json(name: str) -> bool:
 
 
 def _layout(source: Root, name: str, published: MetadataFormat) -> _Layout:
-    """The layout of a CSV or TSV file, from its first line; no names if it is empty."""
+    """The layout of a CSV or TSV file, from its first line behind `sep=` of Excel; no names if it is empty."""
     is_tsv = ".tsv" in name.lower()[-8:]
     first_line, number = "", 0
     with _opened(source, name) as stream:
         reader = io.BufferedReader(stream)
-        while not first_line and (line := reader.readline(MAX_ROW_BYTES)):
+        while (not first_line or first_line.startswith("sep=")) and (line := reader.readline(MAX_ROW_BYTES)):
             first_line = line.decode("utf-8-sig", errors="replace").strip("\r\n")
             number += 1
     if not first_line:

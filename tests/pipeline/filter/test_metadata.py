@@ -66,6 +66,7 @@ JSON_LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
         ("A.CSV", b"\xef\xbb\xbf" + separated(";").replace(b"\n", b"\r\n")),
         ("pipes.csv", separated("|")),
         ("blank.csv", b"\n\r\n" + separated(",")),
+        ("excel.csv", b"\xef\xbb\xbfsep=;\r\n\r\n" + separated(";").replace(b"\n", b"\r\n")),
         ("tabs.csv", separated("\t")),
         ("a.csv.gz", gzip.compress(separated(",")[:40]) + gzip.compress(separated(",")[40:])),
         ("a.tsv", TSV),
@@ -221,6 +222,26 @@ def test_text_in_another_encoding_is_an_error_with_a_command_that_converts_it(
     subprocess.run(conversion(str(error.value)), shell=True, check=True)
     path.unlink()
     assert [caption for _, caption, *_ in values(tmp_path)] == [row["TEXT"] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.tsv.gz"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst", ".parquet"])
+def test_a_file_of_another_kind_than_its_name_is_an_error_with_the_name_to_give_it(
+    tmp_path: Path, name: str, suffix: str
+) -> None:
+    text = JSON_LINES if ".jsonl" in name else TSV if ".tsv" in name else separated(",")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "table")
+    inner = text if suffix != ".parquet" else (tmp_path / "table").read_bytes()
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    data = pack.get(suffix, bytes)(inner)
+    (tmp_path / "table").unlink()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(UserError, match=rf"{name} is no text: it begins with .* of a {suffix} file\. ") as error:
+        plan(tmp_path)
+    (tmp_path / name).unlink()
+    assert ("Decompress it and rename" in str(error.value)) == name.endswith(".gz")
+    (tmp_path / str(error.value).rpartition(" to ")[2].removesuffix(".")).write_bytes(data)
+    assert values(tmp_path) == EXPECTED
 
 
 @pytest.mark.parametrize("separator", [", ", ",\n"])
