@@ -211,13 +211,13 @@ def _image_free_rows(path: Path, schema: pa.Schema) -> list[Row]:
         raise UserError(f"{path} is not a readable table: {error}") from error
     classes = _class_names(schema)
     rows = table.to_pylist() if simple else [{}] * table.num_rows
-    return [{name: _class_name(value, classes.get(name)) for name, value in row.items()} for row in rows]
+    return [{name: _cell_value(value, classes.get(name)) for name, value in row.items()} for row in rows]
 
 
 def _are_values(name: str, kind: pa.DataType) -> bool:
-    """Whether a column of a plain type has values that `read_fields` reads: of lists only those of FIELDS."""
-    if kind == pa.list_(pa.string()):
-        return any(name.strip().lower() in names for names in FIELDS.values())
+    """Whether a column of a plain type has values that `read_fields` reads: of lists and bytes only those of FIELDS."""
+    if kind in (pa.list_(pa.string()), pa.binary()):
+        return any(name.strip().lower() in names for field, names in FIELDS.items() if field != "path")
     return kind in (pa.string(), pa.bool_()) or is_number(kind)
 
 
@@ -231,7 +231,10 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
     return {name: [str(label) for label in names] for name, names in columns.items() if isinstance(names, list)}
 
 
-def _class_name(value: Any, names: list[str] | None) -> Any:
+def _cell_value(value: Any, names: list[str] | None) -> Any:
+    """A value with text for bytes and for the number of a class. names: of the classes."""
+    if isinstance(value, bytes):
+        return decoded(value)
     return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
 
 

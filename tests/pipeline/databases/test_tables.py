@@ -182,6 +182,20 @@ def test_an_empty_table_is_an_error_that_says_so(folder: Path, name: str) -> Non
             listed(folder / name)
 
 
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_captions_as_bytes_are_texts(folder: Path, kind: pa.DataType) -> None:
+    captions = pa.array(["größe".encode(), None, "größe".encode("latin-1")], kind)
+    thumbnails = pa.array([b"no caption"] * 3)
+    table = pa.table({"jpg": [b"x", b"y", b"z"], "text": captions, "thumbnail": thumbnails})
+    pq.write_table(table, folder / "t.parquet")
+    pictures, _ = listed(folder / "t.parquet")
+    assert [(picture.caption, picture.further) for picture in pictures] == [
+        ("größe", {}),
+        ("0000001", {}),
+        ("größe", {}),
+    ]
+
+
 def test_empty_lines_before_a_header_are_skipped_also_behind_the_separator_of_excel(folder: Path) -> None:
     (folder / "t.csv").write_bytes(b"sep=;\r\n\r\npath;label\r\na.jpg;x\r\n")
     pictures, missing = listed(folder / "t.csv")
