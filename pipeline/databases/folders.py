@@ -1,7 +1,8 @@
 """Readers of folders and of WebDataset tars.
 
-A folder can contain pictures with captions in text or JSON files of the same name, tars, and Parquet or Arrow files
-with pictures. Files of tools are left out (`retrieval.storage.listing`); what is left out is counted by reason.
+A folder can contain pictures with captions in text or JSON files of the same name or in tables as those of an
+ImageFolder of Hugging Face, tars, and Parquet or Arrow files with pictures. Files of tools are left out
+(`retrieval.storage.listing`); what is left out is counted by reason.
 """
 
 import json
@@ -12,16 +13,29 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.databases.imagenet import CLASS_NUMBER
-from pipeline.databases.sources import SIGNATURE_BYTES, FileRange, Item, check_names, is_picture, read_fields, text_of
-from pipeline.databases.tables import IMAGE_TABLES, image_items
+from pipeline.databases.sources import (
+    SIGNATURE_BYTES,
+    Fields,
+    FileRange,
+    Item,
+    check_names,
+    is_picture,
+    joined,
+    read_fields,
+    text_of,
+)
+from pipeline.databases.tables import IMAGE_TABLES, TABLES, described_files, image_items
 from retrieval.errors import UserError
 from retrieval.storage.data_files import RepeatedKeyError, unique_keys
 from retrieval.storage.listing import HIDDEN, escaped_text, is_hidden, list_files, safe_text
 
 METADATA_SUFFIXES = ("txt", "cls", "json")
 SIDECAR_SUFFIXES = (".txt", ".json")
+METADATA_TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Tables of an ImageFolder of Hugging Face; their rows describe files in their folder."""
 REPEATED = "with the name of another"
 WITHOUT_PICTURE = "a caption or metadata file without a picture of its name"
+WITHOUT_OWN_FILE = "a row of a metadata table without a file of its own"
 DAMAGED = "a JSON file that is damaged or no object"
 UNPACKING = {
     **dict.fromkeys((".gz", ".tgz"), "gzip -dk"),
@@ -57,31 +71,60 @@ def snapshot(path: Path) -> Path:
 def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
     """The pictures of a folder in the order of its files. left_out: counts files by the reason, is added to."""
     hub = hub_folder(folder.absolute())
-    names, hidden = list_files(folder, [hub / "blobs"] if hub else [])
+    link_targets = [(hub / "blobs").resolve()] if hub else []
+    names, hidden = list_files(folder, link_targets)
     left_out.update(hidden)
     tars = [name for name in names if name.lower().endswith(".tar")]
     suffixes = {name: PurePosixPath(name).suffix.lower() for name in names}
     texts = [name for name in names if suffixes[name] in SIDECAR_SUFFIXES]
     sidecars = {str(PurePosixPath(name).with_suffix(suffixes[name])): folder / name for name in texts}
     read: dict[str, dict[str, Any]] = {}
+    tables, described = _read_metadata_tables(folder, names, link_targets, left_out)
     for name in names:
         path, suffix = folder / name, suffixes[name]
+        if name in tables:
+            continue
         if name in tars:
             yield from tar_items(path, name[: -len(".tar")], left_out, len(tars) > 1)
         elif suffix in IMAGE_TABLES:
             yield from image_items(path, safe_text(name[: -len(suffix)]), left_out)
         elif is_picture(name, FileRange(path, 0, SIGNATURE_BYTES).read()):
-            fields: dict[str, Any] = {}
+            fields = described.get(name, {})
             for kind in ("json", "txt"):
                 key = str(PurePosixPath(name).with_suffix(f".{kind}"))
                 if key in sidecars and key not in read:
                     read[key] = _member_fields(sidecars[key], sidecars[key].read_bytes(), left_out)
-                fields |= read.get(key, {})
+                fields = joined(fields, read.get(key, {}))
             text, other = safe_text(name), escaped_text(name)
             yield Item(text, FileRange(path), fields, PurePosixPath(text).parts[:-1], other if other != text else "")
         elif suffix not in SIDECAR_SUFFIXES:
-            left_out[_other_kind(suffix)] += 1
+            left_out[_other_kind(suffix, is_in_folder=True)] += 1
     left_out[WITHOUT_PICTURE] += len(texts) - len(read)
+
+
+def _read_metadata_tables(
+    folder: Path, names: list[str], link_targets: list[Path], left_out: Counter[str]
+) -> tuple[list[str], dict[str, Fields]]:
+    """The names of the METADATA_TABLES among the files of a folder, and the fields of the files that they describe.
+
+    link_targets: resolved folders. left_out: counts rows, is added to.
+    """
+    tables, described = [], {}
+    for name in names:
+        if PurePosixPath(name).name.lower() not in METADATA_TABLES:
+            continue
+        root = (folder / name).parent.resolve()
+        rows = described_files(folder / name, [root, *link_targets])
+        if rows is None:
+            continue
+        tables.append(name)
+        for file, fields in rows:
+            key = str(PurePosixPath(name).parent / file.relative_to(root)) if file else ""
+            if file and key not in described:
+                described[key] = fields
+            else:
+                left_out[WITHOUT_OWN_FILE] += 1
+    return tables, described
 
 
 def tar_items(path: Path, name: str, left_out: Counter[str], is_one_of_many: bool = False) -> Iterator[Item]:
@@ -176,9 +219,11 @@ def _member_reason(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     return _other_kind(suffix)
 
 
-def _other_kind(suffix: str) -> str:
-    unpacking = f": {UNPACKING[suffix]} unpacks it" if suffix in UNPACKING else ""
-    return f"of another kind ({safe_text(suffix) or 'no suffix'}{unpacking})"
+def _other_kind(suffix: str, is_in_folder: bool = False) -> str:
+    advice = f": {UNPACKING[suffix]} unpacks it" if suffix in UNPACKING else ""
+    if is_in_folder and suffix in TABLES:
+        advice = ": name it as the source if its rows name pictures"
+    return f"of another kind ({safe_text(suffix) or 'no suffix'}{advice})"
 
 
 def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int = -1) -> bytes:

@@ -179,6 +179,12 @@ def read_fields(row: Fields) -> dict[str, Any]:
     return fields
 
 
+def joined(fields: Fields, others: Fields) -> Fields:
+    """The fields of a picture from two places. The others count where both have one."""
+    further = {**fields.get(FURTHER, {}), **others.get(FURTHER, {})}
+    return {**fields, **others, **({FURTHER: further} if further else {})}
+
+
 def _first(value: Any) -> Any:
     """The first of several captions or other values in a list; None for an empty list and for an object."""
     value = next(iter(value), None) if isinstance(value, list) else value

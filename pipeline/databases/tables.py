@@ -20,7 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.databases.sources import FIELDS, SUFFIXES, Fields, FileRange, Item, check_names, decoded, read_fields
+from pipeline.databases.csv_tables import Row, body_of, csv_rows
+from pipeline.databases.sources import FIELDS, Fields, FileRange, Item, check_names, decoded, read_fields
 from retrieval.errors import UserError
 from retrieval.storage.arrow_columns import is_number, plain_type
 from retrieval.storage.data_files import RepeatedKeyError, unique_keys
@@ -29,13 +30,10 @@ from retrieval.storage.listing import is_inside, safe_text
 IMAGE_TABLES = (".parquet", ".arrow")
 TABLES = (".csv", ".tsv", ".jsonl", *IMAGE_TABLES)
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
-DELIMITERS = ",;\t|"
-LAST_ROW = "last row (not in the file)"
-"""A row that is added to a CSV file. It is not read as a row if the file ends in quotes."""
+FILE_NAME = "file_name"
 NO_PICTURES = "a table without pictures"
 ARROW_MARK = b"ARROW1"
 """Start of an Arrow file; a stream has none."""
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,29 @@ def path_items(path: Path, roots: Sequence[Path]) -> Iterator[Item | None]:
     """
     columns, rows = _read_table(path)
     if not set(FIELDS["path"]) & {column.strip().lower() for column in columns}:
-        raise UserError(
-            f"{path} has no column of paths. Its columns: {', '.join(map(repr, columns))}."
-            f" Wanted: one of {', '.join(FIELDS['path'])}."
-        )
-    for row in rows:
-        fields = read_fields(row)
-        file = _find_file(roots, fields, row) if "path" in fields else None
+        found = f"has no column of paths. Its columns: {', '.join(map(repr, columns))}" if columns else "is empty"
+        raise UserError(f"{path} {found}. Wanted: a column of paths, named {' or '.join(FIELDS['path'])}.")
+    for file, fields in _row_files(rows, roots):
         name = safe_text(file.relative_to(roots[0]).as_posix()) if file else ""
         yield Item(name, FileRange(file), fields, PurePosixPath(name).parts[:-1]) if file else None
+
+
+def described_files(path: Path, roots: Sequence[Path]) -> list[tuple[Path | None, Fields]] | None:
+    """The file, None if there is none, and the fields of each row of a table of an ImageFolder of Hugging Face.
+
+    Such a table has a column `file_name`. None for another table. roots: as for `path_items`.
+    """
+    if has_images(path):
+        return None
+    columns, rows = _read_table(path)
+    return list(_row_files(rows, roots)) if FILE_NAME in {column.strip().lower() for column in columns} else None
+
+
+def _row_files(rows: list[Row], roots: Sequence[Path]) -> Iterator[tuple[Path | None, Fields]]:
+    """The file and the fields of each row; no file if it has no path or its file is missing."""
+    for row in rows:
+        fields = read_fields(row)
+        yield _find_file(roots, fields, row) if "path" in fields else None, fields
 
 
 def image_items(path: Path, name: str, left_out: Counter[str]) -> Iterator[Item]:
@@ -191,7 +203,7 @@ def _image_free_rows(path: Path, schema: pa.Schema) -> list[Row]:
     """The rows of the columns of values, without pictures, with names for numbers of classes."""
     check_names(schema.names, path)
     types = {field.name: plain_type(field.type) for field in schema}
-    simple = [name for name, kind in types.items() if kind in (pa.string(), pa.bool_()) or is_number(kind)]
+    simple = [name for name, kind in types.items() if _are_values(name, kind)]
     try:
         arrow = path.suffix.lower() == ".arrow"
         table = _arrow_table(path).select(simple) if arrow else pq.ParquetFile(path).read(simple)
@@ -199,7 +211,14 @@ def _image_free_rows(path: Path, schema: pa.Schema) -> list[Row]:
         raise UserError(f"{path} is not a readable table: {error}") from error
     classes = _class_names(schema)
     rows = table.to_pylist() if simple else [{}] * table.num_rows
-    return [{name: _class_name(value, classes.get(name)) for name, value in row.items()} for row in rows]
+    return [{name: _cell_value(value, classes.get(name)) for name, value in row.items()} for row in rows]
+
+
+def _are_values(name: str, kind: pa.DataType) -> bool:
+    """Whether a column of a plain type has values that `read_fields` reads: of lists and bytes only those of FIELDS."""
+    if kind in (pa.list_(pa.string()), pa.binary()):
+        return any(name.strip().lower() in names for field, names in FIELDS.items() if field != "path")
+    return kind in (pa.string(), pa.bool_()) or is_number(kind)
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
@@ -212,7 +231,10 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
     return {name: [str(label) for label in names] for name, names in columns.items() if isinstance(names, list)}
 
 
-def _class_name(value: Any, names: list[str] | None) -> Any:
+def _cell_value(value: Any, names: list[str] | None) -> Any:
+    """A value with text for bytes and for the number of a class. names: of the classes."""
+    if isinstance(value, bytes):
+        return decoded(value)
     return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
 
 
@@ -223,7 +245,9 @@ def _read_table(path: Path) -> tuple[list[str], list[Row]]:
         return schema.names, _image_free_rows(path, schema)
     try:
         text = decoded(path.read_bytes())
-        return _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _csv_rows(path, text)
+        if not text.strip():
+            return [], []
+        return _json_rows(path, text) if path.suffix.lower() == ".jsonl" else csv_rows(path, text)
     except (OSError, csv.Error) as error:
         raise UserError(f"{path} is not a readable table: {error}") from error
 
@@ -231,7 +255,7 @@ def _read_table(path: Path) -> tuple[list[str], list[Row]]:
 def _json_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
     """The objects of JSON lines; a line that is no object is an empty row."""
     rows: list[Row] = []
-    body, first = _body(text)
+    body, first = body_of(text)
     lines = io.StringIO(body, newline=None)  # str.splitlines also divides at characters that texts may have
     for number, line in enumerate(lines, first):
         try:
@@ -244,72 +268,20 @@ def _json_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
             row = None
         rows.append(row if isinstance(row, dict) else {})
         check_names(rows[-1], path)
+    if not any(rows):
+        raise UserError(f"{path} has no line with a JSON object. Wanted: one object a line.{_from_array(path, text)}")
     return list({column: None for row in rows for column in row}), rows
 
 
-def _csv_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
-    body, first = _body(text)
-    candidates = [next(csv.reader(io.StringIO(body), delimiter=delimiter), [""]) for delimiter in DELIMITERS]
-    with_paths = [cells for cells in candidates if _has_path_column(cells)]
-    header = max(with_paths or candidates, key=len)
-    lines = _csv_lines(path, body, DELIMITERS[candidates.index(header)], first)
-    columns = ["path", "label"] if _is_path(header[0]) else header
-    if too_long := [line for line in lines if any(map(str.strip, line[1][len(columns) :]))]:
-        number, cells = too_long[0]
-        raise UserError(
-            f"{path}, line {number:,} has {len(cells)} cells. Wanted: at most {len(columns)}"
-            f" ({', '.join(columns)}). Rows with more: {len(too_long):,}. Quote cells that contain the separator, or"
-            " remove cells."
-        )
-    if columns is not header:
-        classes = _classes(path)
-        named = [[*cells, "", ""][:2] for _, cells in lines]
-        return columns, [{"path": file, "label": classes.get(label, "")} for file, label in named]
-    check_names(header, path)
-    return header, [dict(zip(header, cells, strict=False)) for _, cells in lines[1:]]
-
-
-def _csv_lines(path: Path, body: str, delimiter: str, first: int) -> list[tuple[int, list[str]]]:
-    """The last line and the cells of each row of a CSV file, whose first line has the number `first`."""
-    whole = body if body.endswith("\n") else body.removesuffix("\r") + "\n"
-    reader = csv.reader(io.StringIO(whole + LAST_ROW), delimiter=delimiter)
-    lines: list[tuple[int, list[str]]] = []
-    problem = ""
-    try:
-        lines.extend((first + reader.line_num - 1, cells) for cells in reader)
-        if lines.pop()[1] == [LAST_ROW]:
-            return lines
-    except csv.Error as error:
-        problem = str(error)
-    row = f"the row that begins in line {lines[-1][0] + 1 if lines else first:,}"
-    if problem:
-        raise UserError(f"{path} is not a readable table: {problem}, in {row}. A quote there may not be closed.")
-    raise UserError(
-        f"{path}: a quote in {row} is not closed, so that all lines behind it are one cell. Close or remove the quote."
+def _from_array(path: Path, text: str) -> str:
+    """The advice to write a file with a JSON array as JSON lines; "" for another text."""
+    if not text.lstrip().startswith("["):
+        return ""
+    program = "import json; [print(json.dumps(row)) for row in json.load(open(0))]"
+    old, new = (shlex.quote(str(p)) for p in (path, path.with_suffix(".lines.jsonl")))
+    return (
+        f" It begins as an array. Run: python3 -c {shlex.quote(program)} < {old} > {new} and then remove the old file."
     )
-
-
-def _body(text: str) -> tuple[str, int]:
-    """A text without empty lines and the line `sep=` of Excel at its beginning, and the number of its first line."""
-    body = text.lstrip("\r\n")
-    if body.startswith("sep="):
-        body = body.partition("\n")[2].lstrip("\r\n")
-    return body, 1 + len(io.StringIO(text[: len(text) - len(body)], newline=None).readlines())
-
-
-def _has_path_column(cells: list[str]) -> bool:
-    return _is_path(cells[0]) or any(cell.strip().lower() in FIELDS["path"] for cell in cells)
-
-
-def _is_path(cell: str) -> bool:
-    return PurePosixPath(cell).suffix.lower() in SUFFIXES
-
-
-def _classes(path: Path) -> dict[str, str]:
-    """Names of the styles by number, from lines such as `3 Baroque` in `style_class.txt`."""
-    classes = path.with_name(f"{path.stem.rpartition('_')[0]}_class.txt")
-    lines = decoded(classes.read_bytes()).splitlines() if classes.is_file() else []
-    return {number: name.strip() for number, _, name in (line.strip().partition(" ") for line in lines)}
 
 
 def _find_file(roots: Sequence[Path], fields: Fields, row: Fields) -> Path | None:

@@ -197,9 +197,7 @@ def _inspect_text(source: Root, name: str, config: FilterConfig) -> _File:
     rows, bad_rows = table.rows - odd_rows, table.bad_rows + odd_rows
     if bad_rows and not rows:
         first = f" (first {table.first_bad})" if table.first_bad else ""
-        raise UserError(
-            f"{source.at(name)}: none of its {bad_rows:,} rows can be read{first}. Mend or remove the file."
-        )
+        raise UserError(f"{source.at(name)}: none of its {bad_rows:,} rows can be read{first}. {table.remedy}")
     return _File(name, (rows,), bad_rows, columns, f"{name} {digest.hexdigest()}\n")
 
 

@@ -1,26 +1,40 @@
 """Checks of text files: their encoding, and whether a field of a CSV file contains rows. States how to convert them.
 
-What a row looks like tells rows inside of a field from the lines of a caption.
+What a row looks like tells rows inside of a field from the lines of a caption. `CsvBytes` gives any bytes as UTF-8.
 """
 
+import io
 import json
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
 
 from retrieval.errors import UserError
 
 DECOMPRESS = {"": "", ".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".zst": "zstd -dc"}
+SIGNATURES = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+"""Suffixes of files by their first bytes."""
 MIN_ROWS_IN_FIELD = 3
 """Fewest lines of a field that are rows if a quote before them is not closed."""
 SAMPLED_ROWS = 1000
 URL = re.compile(rb"\s*[a-z][a-z0-9+.-]*://\S+\s*", re.IGNORECASE)
 NUMBER = re.compile(rb"\s*([-+]?[0-9]*\.?[0-9]+(e[-+]?[0-9]+)?|nan|none|null|)\s*", re.IGNORECASE)
 Pattern = re.Pattern[bytes]
+ESCAPES = 0x10FF00
+"""The character that stands for a byte has the code point of its value behind this one, for private use."""
+_TO_ESCAPE = re.compile("[\udc80-\udcff\U0010ff80-\U0010ffff]")
+_ESCAPE_START = b"\xf4\x8f"
+_CHARACTER_AT_END = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,2}\Z")
+_ESCAPED = re.compile(rb"\xf4\x8f[\xbe\xbf][\x80-\xbf]")
+ESCAPED_BYTES = 4
+"""Most bytes of the character for a byte."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,15 @@ def _pattern(values: Sequence[bytes]) -> Pattern | None:
 
 
 def require_utf8(beginning: bytes, where: str) -> None:
-    """Raises UserError for a text that begins as one in UTF-16 or UTF-32, with a byte order mark or without."""
+    """Raises UserError for a text that begins as one in UTF-16 or UTF-32, or as a file that is no text."""
+    for signature, suffix in SIGNATURES.items():
+        if beginning.startswith(signature):
+            packed = next(end for end in reversed(DECOMPRESS) if where.lower().endswith(end))
+            name = PurePosixPath(where[: len(where) - len(packed)]).name
+            raise UserError(
+                f"{where} is no text: it begins with the bytes {beginning[:4].hex(' ')} of a {suffix} file."
+                f" {'Decompress it and rename the result' if packed else 'Rename it'} to {name}{suffix}."
+            )
     if not (detected := json.detect_encoding(beginning[:4])).startswith("utf-8"):
         encoding = detected.upper().replace("-LE", "LE").replace("-BE", "BE")
         first = beginning[:4].hex(" ")
@@ -120,6 +142,81 @@ class LineEncodings:
             )
 
 
+class CsvBytes(io.RawIOBase):
+    """The bytes of a CSV file as UTF-8, in which a character stands for each byte that is not UTF-8.
+
+    Arrow decodes rows that it leaves out. last_row: is added behind the file. encodings: counts the lines.
+    """
+
+    def __init__(self, stream: Any, last_row: bytes = b"", encodings: LineEncodings | None = None) -> None:
+        self._stream = stream
+        self._part = b""
+        self._rest = last_row
+        self._ends_line = True
+        self._encodings = encodings
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._read(len(buffer) // ESCAPED_BYTES)
+        if data:
+            self._ends_line = data.endswith(b"\n")
+        else:
+            row = self._rest if self._ends_line else b"\n" + self._rest
+            data, self._rest, self._ends_line = row[: len(buffer)], row[len(buffer) :], True
+        if self._encodings:
+            self._encodings.add(data)
+        text = _escaped(data)
+        buffer[: len(text)] = text
+        return len(text)
+
+    def _read(self, size: int) -> bytes:
+        """The next bytes, at most `size`. A character that may not be complete waits for the bytes behind it."""
+        data = b""
+        while not data and (read := self._stream.read(size - len(self._part))):
+            data = self._part + read
+            found = _CHARACTER_AT_END.search(data[-3:])
+            self._part = found[0] if found else b""
+            data = data[: len(data) - len(self._part)]
+        if not data:
+            data, self._part = self._part, b""
+        return data
+
+
+def _escaped(data: bytes) -> bytes:
+    """The bytes as UTF-8. Characters that stand for bytes are escaped too."""
+    if data.isascii():
+        return data
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        pass
+    else:
+        if _ESCAPE_START not in data:
+            return data
+    return _TO_ESCAPE.sub(_escapes, data.decode(errors="surrogateescape")).encode()
+
+
+def _escapes(found: re.Match[str]) -> str:
+    return "".join(chr(byte + ESCAPES) for byte in found[0].encode(errors="surrogateescape"))
+
+
+def unescaped(text: bytes) -> bytes:
+    """A text from CsvBytes with the bytes of the file."""
+    return _ESCAPED.sub(lambda found: bytes([ord(found[0].decode()) - ESCAPES]), text)
+
+
+def unescaped_column(column: pa.Array) -> pa.Array:
+    """A binary column of such texts with the bytes of the file."""
+    data = column.buffers()[2]
+    if not data or _ESCAPE_START not in data.to_pybytes():  # faster than searching each text
+        return column
+    has_escapes = pc.fill_null(pc.match_substring(column, _ESCAPE_START), False)
+    texts = map(unescaped, column.filter(has_escapes).to_pylist())
+    return pc.replace_with_mask(column, has_escapes, pa.array(texts, pa.binary()))
+
+
 def _to_utf8(path: str, encoding: str) -> str:
     return _conversion(path, f"iconv -f {encoding} -t UTF-8")
 
@@ -141,12 +238,41 @@ def from_json_array(path: str) -> str:
     return _conversion(path, f"python3 -c {shlex.quote(program)}", ".jsonl")
 
 
-def _conversion(path: str, program: str, suffix: str = "") -> str:
-    """The advice to convert a text file with a program. suffix: added to the name; "" for .utf8 before the suffix."""
+@dataclass
+class WrongRows:
+    """Counts the rows of a CSV or TSV file with another number of fields than the header."""
+
+    path: str
+    delimiter: str
+    count: int = 0
+    first: str = ""
+    """Line of the first of them, and its number of fields."""
+    remedy: str = "Mend or remove the file."
+
+    def add(self, row: pyarrow.csv.InvalidRow) -> None:
+        """Count a row."""
+        self.count += 1
+        if self.count > 1:
+            return
+        self.first = f"line {row.number:,}: found {row.actual_columns:,} fields, wanted {row.expected_columns:,}"
+        if row.actual_columns == row.expected_columns + 1 and row.text.rstrip("\r\n").endswith(self.delimiter):
+            self.first += f"; it ends in the delimiter {self.delimiter!r}"
+            self.remedy = _without_last(self.path, self.delimiter)
+
+
+def _without_last(path: str, delimiter: str) -> str:
+    """The advice to remove a delimiter at the end of every line of a file."""
+    cut = f'line.rstrip(b"\\r\\n").removesuffix({json.dumps(delimiter)}.encode()) + b"\\n"'
+    program = f"import sys; [sys.stdout.buffer.write({cut}) for line in sys.stdin.buffer]"
+    return _conversion(path, f"python3 -c {shlex.quote(program)}", mark=".cut")
+
+
+def _conversion(path: str, program: str, suffix: str = "", mark: str = ".utf8") -> str:
+    """The advice to convert a text file with a program. suffix: added to the name; "" for `mark` before the suffix."""
     path = PurePosixPath(path).name if "://" in path else path
     packed = next(end for end in reversed(DECOMPRESS) if path.lower().endswith(end))
     stem = path[: len(path) - len(packed)]
     former = PurePosixPath(stem).suffix
-    new = f"{stem}{suffix}" if suffix else f"{stem.removesuffix(former)}.utf8{former}"
+    new = f"{stem}{suffix}" if suffix else f"{stem.removesuffix(former)}{mark}{former}"
     reader = f"{DECOMPRESS[packed]} < {shlex.quote(path)} | {program}" if packed else f"{program} < {shlex.quote(path)}"
     return f"Run: {reader} > {shlex.quote(new)} and then remove the old file."

@@ -20,7 +20,17 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipeline.filter.metadata_formats import MetadataFormat
-from pipeline.filter.text_checks import LineEncodings, RowPatterns, from_json_array, require_utf8, to_json_lines
+from pipeline.filter.text_checks import (
+    CsvBytes,
+    LineEncodings,
+    RowPatterns,
+    WrongRows,
+    from_json_array,
+    require_utf8,
+    to_json_lines,
+    unescaped,
+    unescaped_column,
+)
 from retrieval.errors import UserError
 from retrieval.storage.data_files import unique_keys
 from retrieval.storage.root import Root
@@ -30,6 +40,7 @@ COMPRESSION = {"": None, ".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 TEXT_SUFFIXES = tuple(suffix + packed for suffix in CSV_SUFFIXES + JSON_SUFFIXES for packed in COMPRESSION)
 MAX_ROW_BYTES = 1 << 23
 BATCH_ROWS = 1 << 14
+BUFFER_BYTES = 1 << 20
 DELIMITERS = ",;\t|"
 LAST_ROW = b"last row (not in the file)"
 """First field of a row that is added to a file. It is not read as a row if the file ends in quotes."""
@@ -45,7 +56,9 @@ class TextTable:
     bad_rows: int
     """Number of further rows that cannot be read."""
     first_bad: str = ""
-    """Line of the first of them, and why it cannot be read; only of JSON lines."""
+    """Line of the first of them, and why it cannot be read."""
+    remedy: str = "Mend or remove the file."
+    """What to do if no row can be read."""
     nested: Counter[frozenset[str]] = field(default_factory=Counter)
     """Number of rows with lists or objects as values, by the columns with them."""
 
@@ -86,7 +99,7 @@ def read_text(
             return
         layout = _layout(source, name, published)
         with _opened(source, name) as stream:
-            yield from _csv_batches(stream, layout, columns, lambda text: None)
+            yield from _csv_batches(CsvBytes(stream), layout, columns, lambda row: None)
 
 
 @contextmanager
@@ -118,12 +131,12 @@ def _is_json(name: str) -> bool:
 
 
 def _layout(source: Root, name: str, published: MetadataFormat) -> _Layout:
-    """The layout of a CSV or TSV file, from its first line; no names if it is empty."""
+    """The layout of a CSV or TSV file, from its first line behind `sep=` of Excel; no names if it is empty."""
     is_tsv = ".tsv" in name.lower()[-8:]
     first_line, number = "", 0
     with _opened(source, name) as stream:
         reader = io.BufferedReader(stream)
-        while not first_line and (line := reader.readline(MAX_ROW_BYTES)):
+        while (not first_line or first_line.startswith("sep=")) and (line := reader.readline(MAX_ROW_BYTES)):
             first_line = line.decode("utf-8-sig", errors="replace").strip("\r\n")
             number += 1
     if not first_line:
@@ -138,14 +151,14 @@ def _layout(source: Root, name: str, published: MetadataFormat) -> _Layout:
 
 
 def _csv_batches(
-    stream: Any, layout: _Layout, columns: Sequence[str], bad: Callable[[str], None]
+    file: CsvBytes, layout: _Layout, columns: Sequence[str], bad: Callable[[pyarrow.csv.InvalidRow], None]
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of these columns. bad: is called with the text of each row that cannot be read."""
+    """Batches of these columns. bad: is called with each row that cannot be read, with its text `escaped`."""
     if not layout.names:
         return
 
     def left_out(row: pyarrow.csv.InvalidRow) -> str:
-        bad(row.text)
+        bad(row)
         return "skip"
 
     read = pyarrow.csv.ReadOptions(
@@ -156,54 +169,35 @@ def _csv_batches(
         delimiter=layout.delimiter, quote_char=quote, newlines_in_values=layout.quoted, invalid_row_handler=left_out
     )
     convert = pyarrow.csv.ConvertOptions(
-        check_utf8=False, column_types=dict.fromkeys(columns, pa.binary()), include_columns=columns, null_values=[]
+        check_utf8=False, column_types=dict.fromkeys(layout.names, pa.binary()), include_columns=columns, null_values=[]
     )
-    yield from pyarrow.csv.open_csv(stream, read, parse, convert)
+    stream = pa.PythonFile(io.BufferedReader(file, BUFFER_BYTES), "r")  # arrow takes a read without a line for the end
+    for batch in pyarrow.csv.open_csv(stream, read, parse, convert):
+        yield pa.record_batch([unescaped_column(column) for column in batch.columns], names=batch.schema.names)
 
 
-class _WithLastRow(io.RawIOBase):
-    """The bytes of a CSV file and a row LAST_ROW behind them. `encodings` counts the lines that were read."""
-
-    def __init__(self, stream: Any, layout: _Layout) -> None:
-        self._stream = stream
-        self._rest = LAST_ROW + layout.delimiter.encode() * (len(layout.names) - 1) + b"\n"
-        self._ends_line = True
-        self.encodings = LineEncodings()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data: bytes = self._stream.read(len(buffer))
-        if data:
-            self._ends_line = data.endswith(b"\n")
-        else:
-            row = self._rest if self._ends_line else b"\n" + self._rest
-            data, self._rest, self._ends_line = row[: len(buffer)], row[len(buffer) :], True
-        self.encodings.add(data)
-        buffer[: len(data)] = data
-        return len(data)
+def _last_row(layout: _Layout) -> bytes:
+    return LAST_ROW + layout.delimiter.encode() * (len(layout.names) - 1) + b"\n"
 
 
 def _inspect_csv(source: Root, name: str, layout: _Layout) -> TextTable:
     if not layout.names:
         return TextTable((), 0, 0)
-    bad: Counter[None] = Counter()
+    bad, encodings = WrongRows(source.at(name), layout.delimiter), LineEncodings()
     with _opened(source, name) as stream:
-        file = _WithLastRow(stream, layout)
-        whole = pa.PythonFile(io.BufferedReader(file), "r")  # arrow takes a first read without a line end for the end
-        batches = _csv_batches(whole, layout, layout.names[:1], lambda text: bad.update([None]))
+        file = CsvBytes(stream, _last_row(layout), encodings)
+        batches = _csv_batches(file, layout, layout.names[:1], bad.add)
         rows = 0
         try:
             for batch in batches:
                 rows += batch.num_rows
         except pa.ArrowInvalid as error:
-            raise pa.ArrowInvalid(f"{error}, behind {rows + bad.total():,} rows") from error
-    file.encodings.require_utf8(source.at(name))
-    lines = layout.lines_before + rows + bad.total()
-    if file.encodings.lines != lines:  # so a row has several lines, or lines are empty
+            raise pa.ArrowInvalid(f"{error}, behind {rows + bad.count:,} rows") from error
+    encodings.require_utf8(source.at(name))
+    lines = layout.lines_before + rows + bad.count
+    if encodings.lines != lines:  # so a row has several lines, or lines are empty
         _check_quotes(source, name, layout)
-    return TextTable(layout.names, rows - 1, bad.total())
+    return TextTable(layout.names, rows - 1, bad.count, bad.first, bad.remedy)
 
 
 def _check_quotes(source: Root, name: str, layout: _Layout) -> None:
@@ -223,8 +217,8 @@ def _check_quotes(source: Root, name: str, layout: _Layout) -> None:
         bad.clear()
 
     with _opened(source, name) as stream:
-        file = pa.PythonFile(io.BufferedReader(_WithLastRow(stream, layout)), "r")
-        for batch in _csv_batches(file, numbered, numbered.names, lambda text: bad.append(text.encode())):
+        file = CsvBytes(stream, _last_row(layout))
+        for batch in _csv_batches(file, numbered, numbered.names, lambda row: bad.append(unescaped(row.text.encode()))):
             if is_first and batch.num_rows:
                 patterns, is_first = RowPatterns.of(batch, layout.delimiter), False
             for number, column in enumerate(batch.columns):
@@ -244,7 +238,7 @@ def _open_quote(source: Root, name: str, layout: _Layout, text: bytes) -> str:
     first, *others = text.splitlines()
     with _opened(source, name) as stream:
         before, number = b"", 0
-        for line in io.BufferedReader(_WithLastRow(stream, layout)):
+        for line in map(unescaped, io.BufferedReader(CsvBytes(stream, _last_row(layout)), BUFFER_BYTES)):
             if before.endswith(first) and line.rstrip(b"\r\n") == others[0]:
                 break
             before, number = line.rstrip(b"\r\n"), number + 1
@@ -275,7 +269,7 @@ def _inspect_json(source: Root, name: str) -> TextTable:
         if columns := [key for key, value in row.items() if isinstance(value, list | dict)]:
             nested[frozenset(columns)] += 1
     encodings.require_utf8(source.at(name))
-    return TextTable(tuple(names), rows, bad_rows, first_bad, nested)
+    return TextTable(tuple(names), rows, bad_rows, first_bad, nested=nested)
 
 
 def _refuse_array(source: Root, name: str) -> None:

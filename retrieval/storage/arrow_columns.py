@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 MAX_ARRAY_BYTES = (1 << 31) - (1 << 20)
 ROWS_PER_BLOCK = 1 << 16
 MAX_PIXELS = (1 << 31) - 1
-_NUMBER = r"^-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _WIDE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
 _NARROW = {wide: narrow for narrow, wide in _WIDE.items()}
 
@@ -161,7 +161,7 @@ def numbers(column: Any) -> Any:
     """A plain column as float64; numbers in texts are parsed; null for anything but a finite number."""
     if is_text(column.type):
         text = pc.utf8_trim_whitespace(texts(column))
-        column = pc.if_else(pc.match_substring_regex(text, _NUMBER), text, None)
+        column = pc.if_else(pc.match_substring_regex(text, _NUMBER), pc.ascii_ltrim(text, "+"), None)
     values = column.cast(pa.float64(), safe=False)
     return pc.if_else(pc.is_finite(values), values, None)
 

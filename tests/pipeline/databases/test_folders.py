@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import subprocess
 import tarfile
@@ -15,10 +16,11 @@ import pytest
 from PIL import Image
 
 from pipeline.databases import folders
-from pipeline.databases.folders import DAMAGED, REPEATED, WITHOUT_PICTURE
+from pipeline.databases.folders import DAMAGED, REPEATED, WITHOUT_OWN_FILE, WITHOUT_PICTURE
 from pipeline.databases.labels import database_names
 from pipeline.databases.listing import Listing, list_pictures
 from pipeline.databases.sources import PictureSource
+from pipeline.databases.tables import NO_PICTURES
 from retrieval import UserError
 from retrieval.storage.listing import list_files
 
@@ -79,6 +81,65 @@ def test_captions_are_read_from_files_with_endings_in_any_case(tmp_path: Path) -
     write(tmp_path, "A.JPG")
     write(tmp_path, "A.TXT", data=b"a caption")
     assert [picture.caption for picture in list_pictures(PictureSource(tmp_path)).pictures] == ["a caption"]
+
+
+def write_table(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    else:
+        path.write_text("".join(",".join(map(str, values)) + "\n" for values in (rows[0], *map(dict.values, rows))))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_the_metadata_table_of_an_image_folder_describes_its_pictures(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path, "train/a.jpg", "train/sub/b ü.jpg", "test/a.jpg", "c.jpg")
+    write(tmp_path, "train/a.txt", data=b"the text file of a")
+    write(tmp_path, "train/a.json", data=b'{"score": 0.5}')
+    rows: list[dict[str, object]] = [
+        {"file_name": "a.jpg", "text": "the row of a", "label": "cubism", "likes": 3},
+        {"file_name": "sub/b ü.jpg", "text": "the row of b", "label": "", "likes": 4},
+        {"file_name": "gone.jpg", "text": "no file", "label": "", "likes": 5},
+        {"file_name": "a.jpg", "text": "a again", "label": "", "likes": 6},
+    ]
+    write_table(tmp_path / "train" / f"metadata{suffix}", rows)
+    write_table(tmp_path / "test" / f"metadata{suffix}", [{"file_name": "a.jpg", "text": "of the test"}])
+    write_table(tmp_path / f"metadata{suffix}", [{"name": "no file names", "text": ""}])
+    listing = list_pictures(PictureSource(tmp_path))
+    assert {picture.name: (picture.caption, picture.label, picture.further) for picture in listing.pictures} == {
+        "c.jpg": ("c", "", {}),
+        "test/a.jpg": ("of the test", "", {}),
+        "train/a.jpg": ("the text file of a", "cubism", {"likes": "3" if suffix == ".csv" else 3, "score": 0.5}),
+        "train/sub/b ü.jpg": ("the row of b", "sub", {"likes": "4" if suffix == ".csv" else 4}),
+    }
+    other = (
+        NO_PICTURES if suffix == ".parquet" else f"of another kind ({suffix}: name it as the source if its rows name"
+    )
+    assert listing.left_out[WITHOUT_OWN_FILE] == 2
+    assert [count for reason, count in listing.left_out.items() if reason.startswith(other)] == [1]
+
+
+def test_a_table_beside_its_pictures_can_be_named_as_the_source_as_the_message_says(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg")
+    write_table(tmp_path / "captions.csv", [{"file_name": "a.jpg", "text": "the row of a"}])
+    listing = list_pictures(PictureSource(tmp_path))
+    assert [picture.caption for picture in listing.pictures] == ["a"]
+    assert listing.left_out == {"of another kind (.csv: name it as the source if its rows name pictures)": 1}
+    assert [picture.caption for picture in list_pictures(PictureSource(tmp_path / "captions.csv")).pictures] == [
+        "the row of a"
+    ]
+
+
+def test_the_metadata_table_of_a_folder_in_the_cache_of_hugging_face_is_read(tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshots" / "rev"
+    write(tmp_path, "blobs/1", "blobs/2")
+    write_table(tmp_path / "blobs/2", [{"file_name": "a.jpg", "text": "the row of a"}])
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.jpg").symlink_to(tmp_path / "blobs/1")
+    (snapshot / "metadata.csv").symlink_to(tmp_path / "blobs/2")
+    assert [picture.caption for picture in list_pictures(PictureSource(tmp_path)).pictures] == ["the row of a"]
 
 
 TEXTS = {"a.txt": b"of a", "a.json": b"{cut", "b.json": b"[1]", "c.txt": b"of c", "c.json": b"{}"}

@@ -88,6 +88,38 @@ def test_a_quote_that_is_not_closed_is_an_error_that_names_the_line_of_its_row(f
     assert ([picture.caption for picture in pictures], missing) == (["1\n2"], len(end) // 2)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'path,text\nx.jpg,"a\nb"\na.jpg,"open\nsub/b.jpg,closed"\ndürer.jpg,two\n',
+        'text,path\n"a, b\nc",x.jpg\n"open,a.jpg\none,dürer.jpg\n5 ft 3",sub/b.jpg\n',
+        'path;text\r\nx.jpg;"a\r\nb"\r\na.jpg;"open\r\n"sub/b.jpg";one"\r\n',
+        'x.jpg,"a\nb",\na.jpg,0\n"a.jpg,0\n" sub/b.jpg,1\n',
+    ],
+)
+def test_a_quote_that_a_later_row_closes_is_an_error_that_names_the_lines(folder: Path, text: str) -> None:
+    (folder / "t.csv").write_text(text)
+    with pytest.raises(
+        UserError, match=r"t\.csv: a quote in the row that begins in line 4 .* up to [56] are one row\."
+    ):
+        listed(folder / "t.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'path,text\na.jpg,"as in\nsub/b.jpg\n"\nsub/b.jpg,two',
+        'text,path\n"one, two\nthree, four",a.jpg\n,sub/b.jpg',
+        'path,text,url\na.jpg,"b, c\nd, e",http://x.org/a.jpg\nsub/b.jpg',
+        "path,text\ra.jpg,one\rsub/b.jpg,two\r",
+    ],
+)
+def test_texts_of_several_lines_and_old_line_ends_are_read(folder: Path, text: str) -> None:
+    (folder / "t.csv").write_bytes(text.encode())
+    pictures, missing = listed(folder / "t.csv")
+    assert ([picture.name for picture in pictures], missing) == (["a.jpg", "sub/b.jpg"], 0)
+
+
 def test_a_json_object_with_a_key_twice_is_an_error_that_names_key_and_place(folder: Path) -> None:
     repeated = '{"file_name": "a.jpg", "text": "one", "text": "two"}'
     (folder / "t.jsonl").write_text(f'\n{{"file_name": "a.jpg"}}\n{repeated}\n')
@@ -117,6 +149,51 @@ def test_of_several_captions_in_a_list_the_first_is_read(folder: Path) -> None:
     (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pictures, _ = listed(folder / "t.jsonl")
     assert [picture.caption for picture in pictures] == ["one", "three"]
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.large_string())])
+def test_of_lists_of_captions_in_a_parquet_file_the_first_is_read(folder: Path, kind: pa.DataType) -> None:
+    captions = pa.array([["one", "two"], None, ["three", None]], kind)
+    tags = pa.array([["not read"], [], []])
+    images = pa.table({"image": [b"x", b"y", b"z"], "Caption": captions, "tags": tags})
+    paths = pa.table({"path": ["a.jpg", "dürer.jpg", "sub/b.jpg"], "Caption": captions, "tags": tags})
+    for table, unnamed in ((images, "0000001"), (paths, "dürer")):
+        pq.write_table(table, folder / "t.parquet")
+        pictures, missing = listed(folder / "t.parquet")
+        assert ([picture.caption for picture in pictures], missing) == (["one", unnamed, "three"], 0)
+        assert [picture.further for picture in pictures] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("separator", [", ", ",\n"])
+def test_a_json_array_is_an_error_with_a_command_that_makes_it_json_lines(folder: Path, separator: str) -> None:
+    path = folder / "it's.jsonl"
+    path.write_text(f'[{{"path": "a.jpg"}}{separator}{{"path": "dürer.jpg", "text": "ü"}}]')
+    with pytest.raises(UserError, match=r"it's\.jsonl has no line with a JSON object\. Wanted: one .* Run: ") as error:
+        listed(path)
+    follow_advice(error.value, path)
+    assert [picture.caption for picture in listed(folder / "it's.lines.jsonl")[0]] == ["a", "ü"]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_an_empty_table_is_an_error_that_says_so(folder: Path, name: str) -> None:
+    for text in ("", "\n \n"):
+        (folder / name).write_text(text)
+        with pytest.raises(UserError, match=rf"{name} is empty\. Wanted: a column of paths"):
+            listed(folder / name)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_captions_as_bytes_are_texts(folder: Path, kind: pa.DataType) -> None:
+    captions = pa.array(["größe".encode(), None, "größe".encode("latin-1")], kind)
+    thumbnails = pa.array([b"no caption"] * 3)
+    table = pa.table({"jpg": [b"x", b"y", b"z"], "text": captions, "thumbnail": thumbnails})
+    pq.write_table(table, folder / "t.parquet")
+    pictures, _ = listed(folder / "t.parquet")
+    assert [(picture.caption, picture.further) for picture in pictures] == [
+        ("größe", {}),
+        ("0000001", {}),
+        ("größe", {}),
+    ]
 
 
 def test_empty_lines_before_a_header_are_skipped_also_behind_the_separator_of_excel(folder: Path) -> None:

@@ -66,6 +66,7 @@ JSON_LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
         ("A.CSV", b"\xef\xbb\xbf" + separated(";").replace(b"\n", b"\r\n")),
         ("pipes.csv", separated("|")),
         ("blank.csv", b"\n\r\n" + separated(",")),
+        ("excel.csv", b"\xef\xbb\xbfsep=;\r\n\r\n" + separated(";").replace(b"\n", b"\r\n")),
         ("tabs.csv", separated("\t")),
         ("a.csv.gz", gzip.compress(separated(",")[:40]) + gzip.compress(separated(",")[40:])),
         ("a.tsv", TSV),
@@ -137,6 +138,27 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> No
     assert values(tmp_path) == 2 * EXPECTED
 
 
+@pytest.mark.parametrize("name", ["a b.csv", "a.tsv.gz"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_delimiter_at_the_end_of_every_row_is_an_error_with_a_command_that_removes_it(
+    tmp_path: Path, name: str, end: str
+) -> None:
+    delimiter = "\t" if ".tsv" in name else ","
+    header, *rows = (TSV if ".tsv" in name else separated(",")).decode().splitlines()
+    data = end.join([header, *(f"{row}{delimiter}" for row in rows), ""]).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    message = r"none of its 2 rows can be read \(first line 2: found 7 fields, wanted 6; it ends in the delim"
+    with pytest.raises(UserError, match=message) as error:
+        plan(tmp_path)
+    subprocess.run(conversion(str(error.value)), shell=True, check=True)
+    path.unlink()
+    assert values(tmp_path) == EXPECTED
+    (tmp_path / "b.csv").write_bytes(HEADER + b"1,2,3,4,5\n")
+    with pytest.raises(UserError, match=r"first line 2: found 5 fields, wanted 6\)\. Mend or remove the file"):
+        plan(tmp_path)
+
+
 def test_texts_with_invalid_bytes_come_through_json_and_csv(tmp_path: Path) -> None:
     settings = {"missing_watermark": "keep", "missing_safety": "keep", "missing_size": "keep"}
     (tmp_path / "a.csv").write_bytes(b"url,text\nhttp://a.org/1,caf\xe9\nhttp://a.org/1,\xc3\xa9\n")
@@ -149,6 +171,26 @@ def test_texts_with_invalid_bytes_come_through_json_and_csv(tmp_path: Path) -> N
         for text in texts(batch["caption"], errors="ignore").to_pylist()
     ]
     assert captions == ["caf", "\u00e9", "xy", "3"]
+
+
+def test_a_row_with_too_many_fields_and_bytes_that_are_not_utf8_is_left_out_and_counted(tmp_path: Path) -> None:
+    keep = {"missing_watermark": "keep", "missing_safety": "keep", "missing_size": "keep"}
+    row = "http://a.org/é,中 \U0010ffff\n".encode()
+    rows = b"http://a.org/1,caf\xe9, two\n" + 2 * row + b"http://a.org/\xe9,\xe9\n" + row
+    (tmp_path / "a.csv").write_bytes(b"url,text\n" + rows + b"http://a.org/\xe4\xb8,caf\xe9, three\n")
+    pieces = plan(tmp_path, **keep)
+    assert [(piece.rows, piece.bad_rows) for piece in pieces.pieces] == [(4, 2)]
+    batches = [batch for piece in pieces.pieces for batch in read_piece(pieces, piece, ("url", "caption"))]
+    lines = [line for batch in batches for line in zip(*map(pa.Array.to_pylist, batch.columns), strict=True)]
+    assert [b",".join(line) + b"\n" for line in lines] == [row, row, b"http://a.org/\xe9,\xe9\n", row]
+
+
+def test_texts_longer_than_a_buffer_with_any_bytes_come_through(tmp_path: Path) -> None:
+    text = "中é\U0001f600".encode() * 100_000 + b"\xe9\xe4\xb8" * 100_000
+    (tmp_path / "a.csv").write_bytes(b"url,text\n" + b"http://a.org/1,%b\n" % text + 9 * "u,é\n".encode())
+    pieces = plan(tmp_path, missing_watermark="keep", missing_safety="keep", missing_size="keep")
+    [batch] = read_piece(pieces, pieces.pieces[0], ("caption",))
+    assert batch["caption"].to_pylist() == [text, *9 * ["é".encode()]]
 
 
 def conversion(error: str) -> str:
@@ -180,6 +222,26 @@ def test_text_in_another_encoding_is_an_error_with_a_command_that_converts_it(
     subprocess.run(conversion(str(error.value)), shell=True, check=True)
     path.unlink()
     assert [caption for _, caption, *_ in values(tmp_path)] == [row["TEXT"] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.tsv.gz"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst", ".parquet"])
+def test_a_file_of_another_kind_than_its_name_is_an_error_with_the_name_to_give_it(
+    tmp_path: Path, name: str, suffix: str
+) -> None:
+    text = JSON_LINES if ".jsonl" in name else TSV if ".tsv" in name else separated(",")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "table")
+    inner = text if suffix != ".parquet" else (tmp_path / "table").read_bytes()
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    data = pack.get(suffix, bytes)(inner)
+    (tmp_path / "table").unlink()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(UserError, match=rf"{name} is no text: it begins with .* of a {suffix} file\. ") as error:
+        plan(tmp_path)
+    (tmp_path / name).unlink()
+    assert ("Decompress it and rename" in str(error.value)) == name.endswith(".gz")
+    (tmp_path / str(error.value).rpartition(" to ")[2].removesuffix(".")).write_bytes(data)
+    assert values(tmp_path) == EXPECTED
 
 
 @pytest.mark.parametrize("separator", [", ", ",\n"])
@@ -255,6 +317,14 @@ def test_a_quote_that_a_later_row_closes_is_an_error_with_its_line(tmp_path: Pat
     content = HEADER + text + GOOD + b'http://a.org/x,"open,1,1,0,0\n' + GOOD + closing + GOOD
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.csv: a quote in line 13 is not closed.* up to line 23 are one field"):
+        plan(tmp_path)
+
+
+def test_a_quote_that_is_not_closed_has_its_line_also_among_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    good = "http://a.org/\u00e9,one,800,600,0.25,0.5\n".encode()
+    opened, closed = b'http://a.org/x,"caf\xe9, one,1,1,0,0\n', b'http://a.org/y,caf\xe9",800,600,0,0\n'
+    (tmp_path / "a.csv").write_bytes(HEADER + 9 * good + opened + 9 * good + closed + GOOD)
+    with pytest.raises(UserError, match=r"a\.csv: a quote in line 11 is not closed.* up to line 21 are one field"):
         plan(tmp_path)
 
 

@@ -103,6 +103,7 @@ def test_few_rows_are_taken_from_texts_of_more_than_two_gibibytes() -> None:
             pa.array(["768", " 7.5 ", "1e3", ".5", "5.", "-2", "nan", "", "many", None, "1e999"]),
             [768.0, 7.5, 1000.0, 0.5, 5.0, -2.0, None, None, None, None, None],
         ),
+        (pa.array(["+0.9", "\t+.5 ", "+1e+3", "++1", "+-1", "+"]), [0.9, 0.5, 1000.0, None, None, None]),
         (pa.array([b"12", b"\xff"]), [12.0, None]),
         (pa.array([Decimal("1.5")]), [1.5]),
         (pa.nulls(2), [None, None]),
