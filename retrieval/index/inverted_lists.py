@@ -1,8 +1,8 @@
 """The index of a large partition: inverted lists of 4-bit codes. A search ranks its candidates again exactly.
 
 Lists are many and short, and found through a graph over their centroids. Codes are of two dimensions of the residual
-(fast scan), and all rows are in a second list (SOAR). docs/performance.md measures an earlier layout, with half of the
-rows in a second list. autofaiss cannot build this one, because its factory refuses fast scan with inner products.
+(fast scan), and all rows are in a second list (SOAR). autofaiss cannot build this layout, because its factory refuses
+fast scan with inner products.
 """
 
 from collections.abc import Iterator
