@@ -243,7 +243,7 @@ def test_rows_with_the_id_of_an_earlier_row_are_left_out_and_counted(
     check(database, by_id(vectors) | by_id(new_rows[10:-1], 4000), new_rows[10:20])
     with pytest.raises(UserError, match=r"nothing to add to .*: 89 of 89 usable rows are in it by their id"):
         add_to_database(root, rows, metadata_of(ids))
-    with pytest.raises(UserError, match=r"nothing to add to .*: 0 of 0 usable rows"):
+    with pytest.raises(UserError, match=r"nothing to add to .*: the source has no usable row \(90 bad_vector\)"):
         add_to_database(root, np.zeros_like(rows), metadata_of(ids))
     with pytest.raises(UserError, match="vectors of length 8; the encoder makes 32"):
         add_to_database(root, rows[:, :8])
@@ -384,6 +384,11 @@ def test_merged_databases_hold_the_rows_of_all(
     # The result is a database like others: it can be replaced and updated.
     merged = merge_databases(tmp_path / "merged", [second, first])
     check(delete_from_database(merged.root, [1000]).with_all_rows(), {n: rows[n] for n in rows if n != 1000}, queries)
+
+
+def test_the_sources_of_a_merge_are_a_list(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must be a list of databases, got the text 'databases/a'"):
+        merge_databases(tmp_path / "merged", "databases/a")
 
 
 @pytest.mark.parametrize("is_deletion", [False, True])
