@@ -231,6 +231,24 @@ def test_an_update_of_no_database_makes_no_folder(tmp_path: Path, new_rows: Vect
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_database_without_entries_is_searched_alike_and_an_update_writes_them(
+    copied: Callable[[str], Root], vectors: Vectors, new_rows: Vectors, queries: Vectors
+) -> None:
+    root = copied("lists")
+    expected = Database.open(root).search(queries, 20)
+    manifest = root.read_json("manifest.json")
+    for shard in manifest["shards"]:
+        shard["files"] = [file for file in shard["files"] if not file["name"].endswith("/entries.npy")]
+    root.write_json("manifest.json", manifest)
+    root.delete("partitions/00000/entries.npy")
+    found = Database.open(root).search(queries, 20)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.similarities, expected.similarities)
+    updated = add(root, new_rows)
+    check(updated, by_id(vectors) | by_id(new_rows, FIRST_NEW_ID), queries)
+    assert [name for name in updated.manifest.checksums() if name.endswith("/entries.npy")]
+
+
 def test_rows_with_the_id_of_an_earlier_row_are_left_out_and_counted(
     copied: Callable[[str], Root], vectors: Vectors, new_rows: Vectors
 ) -> None:
