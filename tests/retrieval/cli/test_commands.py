@@ -160,6 +160,8 @@ def test_commands_say_that_a_folder_is_no_database(tmp_path: Path, capsys: Captu
             assert (code, "is no database: it has no manifest.json" in error) == (2, True)
     code, _, error = run(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/file.txt", "--model", "m")
     assert (code, "is a file. Name a folder for the database" in error) == (2, True)
+    code, _, error = run(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/file.txt/db", "--model", "m")
+    assert (code, "cannot be written or deleted: Not a directory. Name another" in error) == (2, True)
 
 
 def test_recall_determines_how_many_partitions_a_search_visits(build: Build, tmp_path: Path, capsys: Capture) -> None:
