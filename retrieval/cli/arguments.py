@@ -46,7 +46,7 @@ def _search(add: Add) -> None:
     add("--pretrained", default="", metavar="TAG", help="its weights: open_clip's tag or a file")
     add("--recall", type=float, default=0.95, help="recall of the search, above 0 to 1 (default %(default)s)")
     add("--like", choices=QUERY_KINDS, default="images", help="kind of the --vector queries (default %(default)s)")
-    add("--where", default="", metavar="CONDITION", help=f'only rows that meet it: "{EXAMPLE}"')
+    add("--where", metavar="CONDITION", help=f'only rows that meet it: "{EXAMPLE}"')
     add("--sheet", type=Path, metavar="FILE.png", help="draw the neighbors as a contact sheet")
     add("--pictures", type=Path, default=Path(), metavar="FOLDER", help="folder of the pictures, for --sheet")
     add("--json", action="store_true", help="print JSON")

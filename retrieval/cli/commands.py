@@ -51,7 +51,7 @@ CAPTION_WIDTH = 50
 def search(arguments: Namespace) -> int:
     """Search for texts, pictures or vectors; print the neighbors or draw them."""
     database = Database.open(_root(arguments))
-    if arguments.where:
+    if arguments.where is not None:
         database = database.where(arguments.where)
     inputs = QueryInputs(arguments.texts, arguments.image, arguments.vector, arguments.clip, arguments.pretrained)
     results = []

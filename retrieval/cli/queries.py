@@ -10,10 +10,9 @@ import numpy.typing as npt
 
 from retrieval.database.database import Database
 from retrieval.errors import UserError
-from retrieval.imports.npy_files import check_array, load_npy
+from retrieval.imports.npy_files import check_array, load_own_npy
 from retrieval.pictures.picture_file import read_picture
 from retrieval.recipe import ClipConfig
-from retrieval.storage.data_files import split_path
 
 if TYPE_CHECKING:
     from retrieval.clip.encoder import Encoder
@@ -74,8 +73,7 @@ def encode_queries(inputs: QueryInputs, database: Database, like: str) -> list[E
 
 def read_vectors(path: str) -> Array:
     """The rows of a .npy file, (n, dim). A single vector becomes one row."""
-    root, name = split_path(path)
-    return check_array(np.atleast_2d(load_npy(root, name)), path)
+    return check_array(np.atleast_2d(load_own_npy(path)), path)
 
 
 def _load_encoder(inputs: QueryInputs, database: Database) -> "Encoder":

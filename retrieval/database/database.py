@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrieval.clip.identity import EncoderIdentity
 from retrieval.database.efforts import Efforts
@@ -132,7 +133,7 @@ class Database:
 
         condition: an Arrow expression over the columns of `metadata_at`, or a text for `parse`. Rows where its value is
         null do not meet it. A later condition is added to an earlier one. The condition is evaluated once for each
-        partition, so keep the result for more searches; that of a text is kept. Raises UserError for a text that is no
+        partition, so keep the result for more searches; that of a text is kept. Raises UserError for what is no
         condition. Searches raise it for unknown columns and for values of another type.
         """
         if isinstance(condition, str):
@@ -142,6 +143,8 @@ class Database:
                     self._views.clear()
                 view = self._views.setdefault((condition, parse), self.where(parse(condition)))
             return view
+        if not isinstance(condition, pc.Expression):
+            raise UserError(f"a condition is a text or a pyarrow.compute.Expression, got {type(condition).__name__}")
         combined = condition if self.condition is None else self.condition & condition
         return self._hiding(self.hidden, combined)
 

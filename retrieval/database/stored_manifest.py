@@ -20,7 +20,7 @@ def stored_manifest(root: Root) -> Manifest:
         before, manifest = manifest, database_manifest(root)
         if manifest == before:
             break
-    raise UserError(f"{damage}: the database is damaged. Build it again.")
+    raise UserError(f"{damage}: the database is damaged. Copy or build it again.")
 
 
 def database_manifest(root: Root) -> Manifest:
@@ -49,5 +49,6 @@ def _damage(root: Root, manifest: Manifest) -> str:
     sizes = root.sizes("")
     for name, file in file_records(manifest).items():
         if (size := sizes.get(name, -1)) != file.bytes:
-            return f"{root.at(name)} has {size} bytes, expected {file.bytes} (manifest.json)"
+            found = f"has {size:,} bytes" if size >= 0 else "is missing"
+            return f"{root.at(name)} {found}, expected {file.bytes:,} bytes (manifest.json)"
     return ""

@@ -86,13 +86,13 @@ def build_database(
     require_free(parent.child(name))
     require_outside(parent.child(name), source)
     config = config or IndexConfig.model_validate({})
-    texts = read_text_queries(source)
-    if texts is not None:
-        unit_queries(texts, encoder.dim, root.url)  # raises before the build, not after it
-    rows = scan_rows(source, encoder.dim, most_kept=config.rows_per_partition)
-    require_rows(len(rows.ids), name)
     with lease(parent.child(name), "update"):
         refuse_erasure(parent.child(name))
+        texts = read_text_queries(source)
+        if texts is not None:
+            unit_queries(texts, encoder.dim, root.url)  # raises before the build, not after it
+        rows = scan_rows(source, encoder.dim, most_kept=config.rows_per_partition)
+        require_rows(len(rows.ids), name)
         _build(parent, name, rows, encoder, config)
         if texts is not None:
             recalibrate(parent.child(name), texts, "texts")

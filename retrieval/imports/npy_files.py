@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 from pathlib import PurePosixPath
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.errors import UserError
+from retrieval.storage.data_files import split_path
 from retrieval.storage.root import Root
 
 FLOATS = (np.float16, np.float32, np.float64)
@@ -76,6 +78,14 @@ def load_npy(root: Root, name: str) -> npt.NDArray[np.generic]:
     if not isinstance(array, np.ndarray):
         raise UserError(f"{root.at(name)} is an archive of arrays; expected one array in a .npy file")
     return array
+
+
+def load_own_npy(path: str | os.PathLike[str]) -> npt.NDArray[np.generic]:
+    """As `load_npy`, for a file that a user names."""
+    root, name = split_path(path)
+    if not root.is_file(name):
+        raise UserError(f"{root.at(name)} is no file. Name a .npy file of vectors.")
+    return load_npy(root, name)
 
 
 def check_array(array: npt.NDArray[np.generic], location: str) -> npt.NDArray[np.generic]:

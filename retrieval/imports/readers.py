@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 
 from retrieval.database.unit_rows import as_array
 from retrieval.errors import UserError
-from retrieval.imports.npy_files import NpyRows, check_array, load_npy
+from retrieval.imports.npy_files import NpyRows, check_array, load_npy, load_own_npy
 from retrieval.imports.source import SourceColumns, VectorSource, find_column, metadata_columns
 from retrieval.storage.arrow_columns import is_float_list, plain
-from retrieval.storage.data_files import data_files, split_path
+from retrieval.storage.data_files import data_files
 from retrieval.storage.root import Root
 
 log = logging.getLogger("imports")
@@ -126,6 +126,8 @@ def file_blocks(file: SourceFile, columns: SourceColumns, rows: range | None = N
 def table_columns(file: SourceFile, table: pa.Schema, columns: SourceColumns) -> list[str]:
     """The columns of the metadata of a file that go into a database. table: columns of its Parquet file."""
     root, name = file.table or (file.root, file.name)
+    if not file.metadata:
+        table = table.remove(table.get_field_index(_vector_column(table, columns, file.location)))
     return metadata_columns(table, columns, root.at(name))
 
 
@@ -177,7 +179,7 @@ def read_text_queries(source: VectorSource) -> npt.NDArray[np.generic] | None:
     Raises UserError if they cannot be read.
     """
     if isinstance(source.text_queries, str | os.PathLike):
-        arrays = [_load_vectors(*split_path(source.text_queries))]
+        arrays = [check_array(load_own_npy(source.text_queries), os.fspath(source.text_queries))]
     elif source.text_queries is not None:
         arrays = [check_array(as_array(source.text_queries, "the text queries"), "the text queries")]
     elif not isinstance(source.vectors, str | os.PathLike) or source.part == "texts":
@@ -215,7 +217,10 @@ def _array_blocks(source: VectorSource) -> Iterator[SourceBlock]:
     vectors = check_array(as_array(source.vectors, "the array of vectors"), "the array of vectors")
     table = source.metadata
     if table is not None and not isinstance(table, pa.Table):
-        raise UserError(f"metadata of an array must be a pyarrow.Table with a row for each vector, got {table!r}")
+        raise UserError(
+            f"metadata of an array must be a pyarrow.Table with a row for each vector, got {type(table).__name__}. "
+            "pyarrow.table(...) converts dicts and data frames, pyarrow.parquet.read_table(...) reads a file."
+        )
     if table is not None:
         _check_counts("the array of vectors", len(vectors), "its metadata table", len(table))
     for start in range(0, len(vectors), BLOCK_ROWS):

@@ -110,13 +110,13 @@ def metadata_columns(table: pa.Schema, columns: SourceColumns, location: str) ->
 def further_columns(table: pa.Schema, columns: SourceColumns, location: str) -> list[str]:
     """The source's columns that a database keeps besides those of SourceColumns: all of plain types, not twice.
 
-    Warns of columns of other types, except for vectors.
+    Warns of columns of other types.
     """
     used = {find_column(table, columns, name, location) for name in DEFAULT_NAMES if name != "vector"}
     fields = [field for field in table if field.name not in used and table.names.count(field.name) == 1]
     stored = {field.name: pa.field(further_name(field.name), further_type(field.type)) for field in fields}
     names = [name for name, field in stored.items() if is_further(field) or pa.types.is_null(field.type)]
-    others = [f"{field.name} ({field.type})" for field in fields if field.name not in names and not _is_vector(field)]
+    others = [f"{field.name} ({field.type})" for field in fields if field.name not in names]
     if others:
         warnings.warn(
             f"{location}: left out, because a database keeps only further columns of texts, numbers, truth values, "
@@ -133,8 +133,3 @@ def further_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_decimal(kind):
         return pa.float64()
     return pa.float32() if pa.types.is_float16(kind) else kind
-
-
-def _is_vector(field: pa.Field) -> bool:
-    kind = plain_type(field.type)
-    return pa.types.is_list(kind) and pa.types.is_floating(kind.value_type)

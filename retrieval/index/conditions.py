@@ -7,6 +7,7 @@ parsed into an expression and never executed, because the shell and the page pas
 import ast
 import functools
 import operator
+import re
 from collections.abc import Callable
 from datetime import date, datetime
 from typing import Any, TypeAlias
@@ -26,6 +27,8 @@ MAX_CHARACTERS = 1 << 20
 MAX_COMPARISONS = 1_000
 """Most comparisons of a condition. Arrow evaluates nested expressions by recursion: about 9,000 overflow the stack."""
 EXAMPLE = "width >= 768 and license in ['cc0', 'cc-by'] and 'sea' in caption"
+UNKNOWN_COLUMN = re.compile(r"No match for FieldRef\.Name\((.*?)\) in .*")
+"""Arrow's error for a column that a table does not have."""
 MISSING = pc.scalar(pa.scalar(None, pa.bool_()))
 """The value of a comparison with a missing value. `not` does not change it, and a row with it is left out."""
 TIMES: dict[str, Callable[[str], date]] = {"date": date.fromisoformat, "datetime": datetime.fromisoformat}
@@ -69,11 +72,13 @@ def parse_complement(text: str) -> Expression:
 def rows_that_meet(condition: Expression, metadata: pa.Table) -> npt.NDArray[np.bool_]:
     """Which rows meet a condition, (rows,). Raises UserError for unknown columns and values of another type."""
     try:
-        table = ds.dataset(metadata).to_table(columns={"meets": condition})
-        return np.asarray(table["meets"].cast(pa.bool_()).fill_null(False).to_numpy())
+        meets = ds.dataset(metadata).to_table(columns={"meets": condition})["meets"]
+        if meets.type not in (pa.bool_(), pa.null()):
+            raise TypeError(f"its values are of type {meets.type}, expected truth values")
+        return np.asarray(meets.cast(pa.bool_()).fill_null(False).to_numpy())
     except (pa.ArrowException, TypeError) as error:
         columns = ", ".join(f"{field.name} ({field.type})" for field in metadata.schema)
-        reason = str(error).partition("\n")[0]
+        reason = UNKNOWN_COLUMN.sub(r"there is no column \1", str(error).partition("\n")[0])
         raise UserError(f"condition {condition}: {reason}. The columns are {columns}.") from error
 
 

@@ -7,6 +7,7 @@ kind of queries.
 import itertools
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Self
 
 from retrieval.errors import UserError
@@ -75,10 +76,10 @@ def choose_effort(calibration: list[MeasuredEffort], recall: float, k: int) -> C
     calibration: for each k ascending in cost, the last one exact. Between two measured k partitions and lists are
     interpolated linearly over log k, which is above their true growth; of the candidates the larger value is taken.
     Where no effort reached the recall for a k, for example with few queries, that of a larger k serves.
-    Raises UserError unless recall is in (0, 1].
+    Raises UserError unless recall is a number in (0, 1].
     """
-    if not 0 < recall <= 1:
-        raise UserError(f"recall must be above 0 and at most 1, got {recall}")
+    if not (isinstance(recall, Real) and 0 < recall <= 1):
+        raise UserError(f"recall must be above 0 and at most 1, got {recall!r}")
     cheapest: dict[int, MeasuredEffort] = {}
     for entry in calibration:
         if entry.low >= recall:

@@ -41,7 +41,8 @@ def as_ids(ids: npt.ArrayLike) -> Ids:
     if not values.size:
         return np.empty(0, np.int64)
     if values.dtype.kind not in "iu" or values.max() > np.iinfo(np.int64).max:
-        raise UserError(f"image ids must be integers of at most 64 bits with a sign, got {values.dtype}")
+        found = f"{type(ids).__name__} of {values.dtype}"
+        raise UserError(f"image ids must be integers of at most 64 bits with a sign in a list or an array, got {found}")
     return np.unique(values.astype(np.int64))
 
 

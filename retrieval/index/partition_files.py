@@ -26,7 +26,7 @@ from retrieval.index.routing import Numbers, Vectors
 from retrieval.kernel.layout import check_rows, checked_pointers, core_of, is_searchable
 from retrieval.kernel.library import library
 from retrieval.kernel.list_search import ListSearch, open_list_search
-from retrieval.kernel.mapped_lists import MappedIndex, map_index
+from retrieval.kernel.mapped_lists import MappedIndex, check_entries, map_index
 from retrieval.storage import schema
 
 Content = TypeVar("Content")
@@ -250,8 +250,9 @@ class PartitionFiles:
         has_entries = self.has_own_lists and self._files.exists(f"{self._folder}/entries.npy")  # not in old databases
         if not has_entries or not isinstance(self.embeddings, np.ndarray) or library() is None:
             return None
-        lists, numbers = len(self._offsets) - 1, self._load("entries.npy", _load_numbers)
-        return self._load("index.faiss", lambda path: map_index(path, lists, numbers))
+        lists, rows = len(self._offsets) - 1, len(self.embeddings)
+        entries = self._load("entries.npy", lambda path: check_entries(_load_numbers(path), lists, rows))
+        return self._load("index.faiss", lambda path: map_index(path, lists, entries))
 
     @cached_property
     def _core(self) -> Any:
@@ -310,10 +311,9 @@ class PartitionFiles:
         parameters = self._parameters.get((effort, k))  # creating them takes a tenth of the time of a search
         if parameters is None:
             base = self.base_parameters(effort.lists_per_partition, k * effort.candidates_per_result)
-            parameters = self._refine_parameters(effort, base)
             if len(self._parameters) >= MAX_PARAMETERS:
                 self._parameters.clear()
-            self._parameters[effort, k] = parameters
+            parameters = self._parameters[effort, k] = self._refine_parameters(effort, base)
         return parameters
 
     def filtered_parameters(self, effort: Effort, selector: Any) -> Any:

@@ -42,11 +42,21 @@ def list_entries(index: Any) -> Numbers:
     return np.concatenate([[0], np.cumsum(pointers.sizes), ids_of(pointers)])
 
 
+def check_entries(entries: Numbers, num_lists: int, rows: int) -> Numbers:
+    """Returns numbers (n,). Raises ValueError unless they can be `list_entries` of so many lists and rows."""
+    offsets, ids = entries[: num_lists + 1], entries[num_lists + 1 :]
+    if len(offsets) <= num_lists or offsets[0] or (np.diff(offsets) < 0).any() or offsets[-1] != len(ids):
+        raise ValueError(f"its {len(entries):,} numbers are no entries of {num_lists:,} lists")
+    if ((ids < 0) | (ids >= rows)).any():
+        raise ValueError(f"its ids are not in [0, {rows:,})")
+    return entries
+
+
 def map_index(path: Path, num_lists: int, entries: Numbers) -> MappedIndex | None:
     """The index in a file, or None if its lists are no faiss.BlockInvertedLists with 32 rows a block.
 
-    num_lists: how many it has. entries: `list_entries`. Raises ValueError unless lists of these sizes begin at the
-    first mark of lists and end with the file, and RuntimeError where faiss cannot read the rest.
+    num_lists: how many it has. entries: as `check_entries` returns them. Raises ValueError unless lists of these sizes
+    begin at the first mark of lists and end with the file, and RuntimeError where faiss cannot read the rest.
     """
     mark = SIZES.pack(MARK, num_lists, NO_CODE_SIZE, BLOCK_ROWS, 0)[:-NUMBER_BYTES]
     with path.open("rb") as file:
@@ -61,10 +71,7 @@ def map_index(path: Path, num_lists: int, entries: Numbers) -> MappedIndex | Non
         index = faiss.deserialize_index(np.frombuffer(head + bytes(2 * NUMBER_BYTES * num_lists), np.uint8))
         mapped = np.memmap(file, np.uint8, "r")
     offsets, ids = entries[: num_lists + 1], entries[num_lists + 1 :]
-    sizes = np.diff(offsets)
-    if len(offsets) <= num_lists or offsets[0] or (sizes < 0).any() or offsets[-1] != len(ids):
-        raise ValueError(f"entries.npy has {len(entries):,} numbers, which are no entries of {num_lists:,} lists")
-    pointers = _pointers(mapped, end, ids, sizes, SIZES.unpack(head[-SIZES.size :])[-1])
+    pointers = _pointers(mapped, end, ids, np.diff(offsets), SIZES.unpack(head[-SIZES.size :])[-1])
     return MappedIndex(index, pointers)
 
 
@@ -75,7 +82,8 @@ def _pointers(
     blocks = -(-sizes // BLOCK_ROWS)
     end = start + NUMBER_BYTES * (2 * len(sizes) + len(ids)) + int(blocks.sum()) * block_bytes
     if end != len(mapped) or block_bytes > len(mapped):
-        raise ValueError(f"its lists end at byte {end:,} by entries.npy, expected {len(mapped):,}")
+        found = f"its lists end at byte {end:,} by their sizes in entries.npy, expected {len(mapped):,}"
+        raise ValueError(f"{found}; laion-rdm verify states which of the two files is damaged")
     before_codes = NUMBER_BYTES * (2 + sizes)
     list_bytes = before_codes + blocks * block_bytes
     codes = start + np.cumsum(list_bytes) - list_bytes + before_codes

@@ -10,7 +10,7 @@ from pathlib import Path
 from retrieval.errors import NodeError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WRITE_PROTECTED = (errno.EROFS, errno.EACCES, errno.EPERM)
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 _SHORT_WRITE = re.compile(r"[0-9]+ requested and [0-9]+ written")
 """NumPy's error, which states no cause."""
 
@@ -43,12 +43,12 @@ def full_disk_named(path: Path, target: str = "") -> Iterator[None]:
 
 @contextmanager
 def write_errors_named(path: Path) -> Iterator[None]:
-    """As `full_disk_named`, also for a folder that this process may not write. path: absolute."""
+    """As `full_disk_named`, also for a folder that this process may not write or that is a file. path: absolute."""
     try:
         with full_disk_named(path):
             yield
     except OSError as error:
-        if error.errno not in WRITE_PROTECTED or not _is_near(path, error.filename):
+        if error.errno not in UNWRITABLE or not _is_near(path, error.filename):
             raise
         raise NodeError(
             f"{path} cannot be written or deleted: {os.strerror(error.errno)}. Name another file or folder, or"

@@ -11,9 +11,11 @@ from itertools import chain, islice
 from typing import Any, BinaryIO, NamedTuple
 from xml.etree import ElementTree
 
+import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from retrieval.errors import UserError
+from retrieval.extras import extras_named
 
 PART_BYTES = 1 << 24
 """Smallest part of a multipart upload to S3. Files of at least two parts are sent in parts, ten at once."""
@@ -49,7 +51,17 @@ def is_s3(url: str) -> bool:
     return url.startswith(("s3://", "s3a://"))
 
 
-def filesystem_options(url: str) -> dict[str, Any]:
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL or path, and the path in it. Raises UserError for an unknown or missing one."""
+    try:
+        with extras_named():
+            fs, path = fsspec.core.url_to_fs(url, **_filesystem_options(url))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url} cannot be opened: {error}. Name a folder, or a URL as s3://bucket/folder.") from error
+    return fs, path
+
+
+def _filesystem_options(url: str) -> dict[str, Any]:
     """Options of the fsspec file system for a URL. Listings are not cached, because other processes write."""
     if not is_s3(url):
         return {"use_listings_cache": False}

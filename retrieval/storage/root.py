@@ -18,11 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from retrieval.errors import NodeError, UserError, damaged_file_advice
-from retrieval.extras import extras_named
 from retrieval.storage import object_store
 from retrieval.storage.full_disk import full_disk_named, is_disk_full, write_errors_named
 from retrieval.storage.temp_folders import temporary_folder
@@ -66,8 +64,7 @@ class Root:
         self.remake = remake
         self.cache = (cache[0] and os.path.abspath(cache[0]), cache[1])  # workers have another working folder
         self.url = os.fspath(url).rstrip("/")
-        with extras_named():
-            self.fs, self._base = fsspec.core.url_to_fs(self.url, **object_store.filesystem_options(self.url))
+        self.fs, self._base = object_store.filesystem(self.url)
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self._request_errors = () if self.is_local else object_store.request_errors(self.url)
 

@@ -45,11 +45,7 @@ def add_to_database(
         usable = scan_rows(source, database.dim)
         rows = _without_known(usable, database)
         known = len(usable.ids) - len(rows.ids)
-        if not len(rows.ids):
-            raise UserError(
-                f"nothing to add to {root.url}: {known} of {len(usable.ids)} usable rows are in it by their id. "
-                "Give new rows a column image_id or url; to replace rows, delete them first."
-            )
+        _require_new(rows, known, root)
         columns = _columns_of(database, rows.columns)
         tables = (_cast(table, columns, database) for table in rows.tables())
         # A folder of its own: a process that lost its lease must not change the files of the next one.
@@ -64,6 +60,19 @@ def add_to_database(
         delete_other_files(root, [database.manifest, updated.manifest])
     _warn_of_growth(updated)
     return updated
+
+
+def _require_new(rows: SourceRows, known: int, root: Root) -> None:
+    """Raises UserError if no row is new. known: usable rows that the database has already."""
+    if len(rows.ids):
+        return
+    if not known:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in rows.reasons.items()) or "it is empty"
+        raise UserError(f"nothing to add to {root.url}: the source has no usable row ({counts}). Check its vectors.")
+    raise UserError(
+        f"nothing to add to {root.url}: {known} of {known} usable rows are in it by their id. "
+        "Give new rows a column image_id or url; to replace rows, delete them first."
+    )
 
 
 def _columns_of(database: Database, added: pa.Schema) -> pa.Schema:

@@ -114,8 +114,9 @@ def test_search_among_the_rows_that_meet_a_condition(database: str, query_file: 
     )
     assert code == 0
     assert all(row["image_id"] < 1100 for result in json.loads(text) for row in result["neighbors"])
-    code, _, error = run(capsys, "search", database, "--vector", query_file, "--where", "image_id")
-    assert (code, "Write it as in: width >= 768" in error) == (2, True)
+    for condition in ("image_id", ""):
+        code, _, error = run(capsys, "search", database, "--vector", query_file, "--where", condition)
+        assert (code, "Write it as in: width >= 768" in error) == (2, True)
 
 
 def test_json_has_days_as_texts_and_null_for_numbers_that_are_not_finite(tmp_path: Path, capsys: Capture) -> None:
@@ -137,6 +138,18 @@ def test_a_file_without_vectors_is_nothing_to_search_for(database: str, tmp_path
     assert (code, "nothing to search for" in error) == (2, True)
 
 
+def test_a_missing_file_of_vectors_is_named(database: str, tmp_path: Path, capsys: Capture) -> None:
+    np.save(tmp_path / "v.npy", clustered(2, seed=3))
+    missing = f"{tmp_path}/missing.npy"
+    for command in (
+        ("search", database, "--vector", missing),
+        ("calibrate", database, "--like", "texts", "--queries", missing),
+        ("build", f"{tmp_path}/v.npy", f"{tmp_path}/db", "--model", "m", "--texts", missing),
+    ):
+        code, _, error = run(capsys, *command)
+        assert (code, f"{missing} is no file. Name a .npy file of vectors." in error) == (2, True)
+
+
 @pytest.mark.parametrize("place", ["nowhere", "file.txt"])
 def test_commands_say_that_a_folder_is_no_database(tmp_path: Path, capsys: Capture, place: str) -> None:
     (tmp_path / "file.txt").write_text("7")
@@ -147,6 +160,8 @@ def test_commands_say_that_a_folder_is_no_database(tmp_path: Path, capsys: Captu
             assert (code, "is no database: it has no manifest.json" in error) == (2, True)
     code, _, error = run(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/file.txt", "--model", "m")
     assert (code, "is a file. Name a folder for the database" in error) == (2, True)
+    code, _, error = run(capsys, "build", f"{tmp_path}/v.npy", f"{tmp_path}/file.txt/db", "--model", "m")
+    assert (code, "cannot be written or deleted: Not a directory. Name another" in error) == (2, True)
 
 
 def test_recall_determines_how_many_partitions_a_search_visits(build: Build, tmp_path: Path, capsys: Capture) -> None:

@@ -211,7 +211,7 @@ def test_a_missing_or_shorter_file_is_found_on_opening(database: Database, name:
         with pytest.raises(UserError, match=f"^{database.root.at(name)} has .*damaged"):
             Database.open(database.root)
     database.root.delete(name)
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=rf"{name} is missing, expected {len(whole):,} bytes .*damaged\. Copy or build"):
         Database.open(database.root)
     assert damaged_files(database.root) == [f"{name}: missing"]
     database.root.write_bytes(name, whole)

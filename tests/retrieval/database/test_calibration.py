@@ -186,8 +186,8 @@ def test_a_higher_requested_recall_finds_more_neighbors(mixed: Database, queries
     assert recall_of_search(0.5) < recall_of_search(0.9) <= recall_of_search(0.999)
 
 
-@pytest.mark.parametrize("recall", [0.0, -1.0, 1.01, float("nan")])
-def test_a_recall_outside_zero_to_one_is_refused(in_lists: Database, recall: float) -> None:
+@pytest.mark.parametrize("recall", [0.0, -1.0, 1.01, float("nan"), "high", None])
+def test_a_recall_outside_zero_to_one_is_refused(in_lists: Database, recall: Any) -> None:
     with pytest.raises(UserError, match="recall must be above 0 and at most 1"):
         in_lists.search(np.ones((1, DIM)), 5, recall=recall)
 

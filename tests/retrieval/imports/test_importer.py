@@ -207,3 +207,9 @@ def test_an_update_during_a_build_names_the_process_that_builds(tmp_path: Path) 
     root = Root(tmp_path / "db")
     with lease(root, "update"), pytest.raises(UserError, match=r"process \d+ on .* has worked on it since"):
         add_to_database(root, clustered(3, seed=1))
+
+
+def test_a_second_build_is_refused_before_it_reads_its_source(tmp_path: Path) -> None:
+    root = Root(tmp_path / "db")
+    with lease(root, "update"), pytest.raises(UserError, match=r"process \d+ on .* has worked on it since"):
+        build_database(root, tmp_path / "missing.npy", encoder=IDENTITY)

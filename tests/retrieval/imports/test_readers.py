@@ -272,6 +272,20 @@ def test_further_columns_keep_their_types_and_select_rows(tmp_path: Path) -> Non
     assert sorted(selected.search(clustered(1, seed=2), k=7).table()["year"].to_pylist()) == [1903, 1906]
 
 
+def test_further_columns_of_lists_of_fractions_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    table = pa.table({"box": [[0.5, 0.25]] * 7})
+    with pytest.warns(UserWarning, match=r"left out, .*: box \(list<.*double>\)\. Convert these columns"):
+        build_database(tmp_path / "array", clustered(7, seed=1), table, encoder=IDENTITY)
+    pq.write_table(table.append_column("embedding", [clustered(7, seed=1).tolist()]), tmp_path / "rows.parquet")
+    with pytest.warns(UserWarning, match=r"left out, .*: box \(list<.*double>\)\. Convert these columns"):
+        build_database(tmp_path / "file", tmp_path / "rows.parquet", encoder=IDENTITY)
+
+
+def test_the_metadata_of_an_array_is_a_table() -> None:
+    with pytest.raises(UserError, match=r"must be a pyarrow\.Table .*, got dict\. pyarrow\.table\(\.\.\.\) converts"):
+        list(read_database_blocks(VectorSource(clustered(7, seed=1), {"image_id": range(7)}), DIM))  # type: ignore[arg-type]
+
+
 def test_further_columns_of_files_are_joined_and_contradictions_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -114,6 +114,20 @@ def test_a_condition_on_other_columns_or_types_names_the_columns(text: str) -> N
         rows_that_meet(parse_condition(text), ROWS)
 
 
+def test_an_unknown_column_and_values_that_are_no_truth_values_are_named() -> None:
+    with pytest.raises(UserError, match=r"condition \(size > 3\): there is no column size\. The columns are"):
+        rows_that_meet(parse_condition("size > 3"), ROWS)
+    for name, kind in (("width", "int32"), ("caption", "string")):
+        with pytest.raises(UserError, match=f"its values are of type {kind}, expected truth values"):
+            rows_that_meet(pc.field(name), ROWS)
+
+
+@pytest.mark.parametrize("condition", [None, 5, b"width > 3", np.ones(9, bool)])
+def test_a_condition_that_is_neither_text_nor_expression_is_refused(in_lists: Database, condition: object) -> None:
+    with pytest.raises(UserError, match=rf"a condition is a text or .*Expression, got {type(condition).__name__}$"):
+        in_lists.where(condition)
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Database:
     """A database of two partitions with inverted lists."""

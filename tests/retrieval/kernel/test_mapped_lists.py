@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from retrieval import Database, Effort, Root
+from retrieval import Database, Effort, Root, UserError
 from retrieval.file_cache import FileCache
 from retrieval.index.inverted_lists import train_inverted_lists
 from retrieval.index.partition import Partition
@@ -142,14 +142,26 @@ def test_lists_that_do_not_fit_their_file_are_refused(
         (lambda entries, lists: np.append(entries, 0), "no entries of .* lists"),
         (lambda entries, lists: np.insert(entries[1:], 0, -1), "no entries of .* lists"),
         (lambda entries, lists: np.insert(entries[1:], 1, 1 << 40), "no entries of .* lists"),
-        (lambda entries, lists: np.concatenate([np.zeros(lists, np.int64), entries[lists:]]), "its lists end at byte"),
+        (lambda entries, lists: np.append(entries[:-1], -1), r"ids are not in \[0, 3,000\)"),
+        (lambda entries, lists: np.append(entries[:-1], 3000), r"ids are not in \[0, 3,000\)"),
     ],
 )
-def test_entries_that_do_not_fit_the_lists_are_refused(
-    index: Any, path: Path, change: Callable[[Any, int], Any], message: str
+def test_damage_of_the_entries_names_their_file(
+    in_lists: Database, queries: Vectors, tmp_path: Path, change: Callable[[Any, int], Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        map_index(path, index.nlist, change(list_entries(index), index.nlist))
+    root = Root(shutil.copytree(in_lists.root.local_path(""), tmp_path / "copy"))
+    path = root.local_path("partitions/00000/entries.npy")
+    np.save(path, change(np.load(path), in_lists.partitions[0].num_lists))
+    partition = Partition.open(FileCache(root), "partitions/00000", in_lists.dim, np.empty(0, np.int64))
+    with pytest.raises(UserError, match=rf"entries\.npy cannot be read \(.*{message}.*the database is damaged"):
+        partition.search(queries, 9, Effort(1, 2, 4))
+
+
+def test_entries_of_other_sizes_than_the_lists_are_refused(index: Any, path: Path) -> None:
+    entries = list_entries(index)
+    entries[: index.nlist] = 0  # all rows in the last list
+    with pytest.raises(ValueError, match=r"by their sizes in entries\.npy, expected .*; laion-rdm verify states which"):
+        map_index(path, index.nlist, entries)
 
 
 def test_a_partition_without_entries_is_searched_in_memory(

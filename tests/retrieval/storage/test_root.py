@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,13 @@ def test_the_advice_for_a_damaged_file_keeps_the_other_files_and_names_the_comma
     advice = f"run 'mv {path} damaged-{path.name}' (keep the other files of its folder), and run {command} again"
     with pytest.raises(UserError, match=rf"{path.name} is not valid JSON.*{re.escape(advice)}"):
         Root(tmp_path / folder).find_json(name)
+
+
+@pytest.mark.parametrize("url", ["foo://bucket/run", "S3://bucket/run", "gs://bucket/run"])
+def test_a_url_of_no_installed_file_system_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
+    with pytest.raises(UserError, match=rf"{url} cannot be opened: .*Name a folder, or a URL as s3://"):
+        Root(url)
 
 
 def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:

@@ -231,6 +231,24 @@ def test_an_update_of_no_database_makes_no_folder(tmp_path: Path, new_rows: Vect
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_database_without_entries_is_searched_alike_and_an_update_writes_them(
+    copied: Callable[[str], Root], vectors: Vectors, new_rows: Vectors, queries: Vectors
+) -> None:
+    root = copied("lists")
+    expected = Database.open(root).search(queries, 20)
+    manifest = root.read_json("manifest.json")
+    for shard in manifest["shards"]:
+        shard["files"] = [file for file in shard["files"] if not file["name"].endswith("/entries.npy")]
+    root.write_json("manifest.json", manifest)
+    root.delete("partitions/00000/entries.npy")
+    found = Database.open(root).search(queries, 20)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.similarities, expected.similarities)
+    updated = add(root, new_rows)
+    check(updated, by_id(vectors) | by_id(new_rows, FIRST_NEW_ID), queries)
+    assert [name for name in updated.manifest.checksums() if name.endswith("/entries.npy")]
+
+
 def test_rows_with_the_id_of_an_earlier_row_are_left_out_and_counted(
     copied: Callable[[str], Root], vectors: Vectors, new_rows: Vectors
 ) -> None:
@@ -243,7 +261,7 @@ def test_rows_with_the_id_of_an_earlier_row_are_left_out_and_counted(
     check(database, by_id(vectors) | by_id(new_rows[10:-1], 4000), new_rows[10:20])
     with pytest.raises(UserError, match=r"nothing to add to .*: 89 of 89 usable rows are in it by their id"):
         add_to_database(root, rows, metadata_of(ids))
-    with pytest.raises(UserError, match=r"nothing to add to .*: 0 of 0 usable rows"):
+    with pytest.raises(UserError, match=r"nothing to add to .*: the source has no usable row \(90 bad_vector\)"):
         add_to_database(root, np.zeros_like(rows), metadata_of(ids))
     with pytest.raises(UserError, match="vectors of length 8; the encoder makes 32"):
         add_to_database(root, rows[:, :8])
@@ -384,6 +402,11 @@ def test_merged_databases_hold_the_rows_of_all(
     # The result is a database like others: it can be replaced and updated.
     merged = merge_databases(tmp_path / "merged", [second, first])
     check(delete_from_database(merged.root, [1000]).with_all_rows(), {n: rows[n] for n in rows if n != 1000}, queries)
+
+
+def test_the_sources_of_a_merge_are_a_list(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must be a list of databases, got the text 'databases/a'"):
+        merge_databases(tmp_path / "merged", "databases/a")
 
 
 @pytest.mark.parametrize("is_deletion", [False, True])
