@@ -23,9 +23,10 @@ from retrieval.errors import UserError
 from retrieval.storage.arrow_columns import is_number, is_text, plain_table, plain_type
 from retrieval.storage.data_files import data_files
 from retrieval.storage.manifest import Manifest
-from retrieval.storage.root import CHUNK_BYTES, Root
+from retrieval.storage.root import Root
 
 BATCH_ROWS = 1 << 16
+CHUNK_BYTES = 1 << 22
 HASHED_TAIL_BYTES = 1 << 16
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 COLUMNS = tuple(Columns.model_fields)

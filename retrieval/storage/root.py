@@ -25,8 +25,6 @@ from retrieval.storage import object_store
 from retrieval.storage.full_disk import full_disk_named, is_disk_full, write_errors_named
 from retrieval.storage.temp_folders import temporary_folder
 
-CHUNK_BYTES = 1 << 22
-
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
@@ -340,8 +338,5 @@ class Root:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a local file, in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,7 @@ from retrieval.imports.importer import build_database
 from retrieval.imports.source import VectorSource
 from retrieval.imports.source_rows import read_database_blocks, scan_rows
 from retrieval.recipe import IndexConfig
-from retrieval.storage import root, schema
+from retrieval.storage import schema
 from retrieval.storage.lease import end_erasure, lease, start_erasure
 from retrieval.updates.add import add_to_database
 from tests.retrieval.conftest import DIM, IDENTITY, clustered
@@ -178,7 +178,6 @@ def test_a_build_holds_a_fraction_of_the_vectors_in_memory(tmp_path: Path, monke
     rows, dim, files = 500, 2048, 24  # 49 MB: threads that other tests left count too, and held 15 MB in one run
     monkeypatch.setattr(readers, "BLOCK_ROWS", 125)
     monkeypatch.setattr(importer, "ROWS_PER_GROUP", 250)
-    monkeypatch.setattr(root, "CHUNK_BYTES", 1 << 16)
     source = tmp_path / "source"
     source.mkdir()
     random = np.random.default_rng(0)
