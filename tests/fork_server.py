@@ -67,6 +67,8 @@ sys.exit(code)
 WORKERS_ARE_FORKS = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable of Ray that starts the workers of a new Ray with a client. Not for Ray's job servers, which kill
 the process group of a job."""
+NO_THREAD = "JE_ARROW_MALLOC_CONF"
+"""Environment variable of Arrow, for an allocator without a thread. The imports read it."""
 SHARED_FOLDER, OWNER = "TESTS_SHARED_FOLDER", "TESTS_OWNER"
 """Environment variables: the folder that all test processes share, and the process with which the servers end."""
 
@@ -106,7 +108,11 @@ def start_server(folder: Path, python: str, modules: Sequence[str]) -> None:
     address = Path(tempfile.mkdtemp(dir="/tmp")) / "socket"  # a socket's path has 107 bytes at most
     client = folder / "python"
     command = [python, __file__, str(address), os.environ[OWNER], *modules]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}  # read by the imports
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",
+        NO_THREAD: "background_thread:false",
+    }
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
     while not address.exists():
         assert server.poll() is None, "the fork server did not start"
@@ -141,6 +147,8 @@ def serve(address: str, owner: int, modules: Sequence[str]) -> None:
         import_module(module)
     share_vocabulary()
     del sys.path[0]
+    # A thread may hold a lock at the time of a fork, and then the fork waits for it forever.
+    assert len(os.listdir("/proc/self/task")) == 1, "an import started a thread"
     gc.freeze()  # a collection would copy the pages of all objects in each fork
     gc.enable()
     while Path(f"/proc/{owner}").exists():
