@@ -110,9 +110,8 @@ def _read_metadata_tables(
     link_targets: resolved folders. left_out: counts rows, is added to.
     """
     tables, described = [], {}
-    for name in names:
-        if PurePosixPath(name).name.lower() not in METADATA_TABLES:
-            continue
+    candidates = [name for name in names if PurePosixPath(name).name.lower() in METADATA_TABLES]
+    for name in sorted(candidates, key=lambda name: -name.count("/")):  # the nearest table of a file counts
         root = (folder / name).parent.resolve()
         rows = described_files(folder / name, [root, *link_targets])
         if rows is None:

@@ -71,10 +71,15 @@ def described_files(path: Path, roots: Sequence[Path]) -> list[tuple[Path | None
 
     Such a table has a column `file_name`. None for another table. roots: as for `path_items`.
     """
-    if has_images(path):
-        return None
+    is_text = path.suffix.lower() not in IMAGE_TABLES
+    if FILE_NAME not in decoded(path.read_bytes()).lower() if is_text else has_images(path):
+        return None  # not read: the rows of another table may have no form
     columns, rows = _read_table(path)
-    return list(_row_files(rows, roots)) if FILE_NAME in {column.strip().lower() for column in columns} else None
+    if FILE_NAME not in {column.strip().lower() for column in columns}:
+        return None
+    other_paths = {*FIELDS["path"]} - {FILE_NAME}
+    rows = [{key: value for key, value in row.items() if key.strip().lower() not in other_paths} for row in rows]
+    return list(_row_files(rows, roots))
 
 
 def _row_files(rows: list[Row], roots: Sequence[Path]) -> Iterator[tuple[Path | None, Fields]]:
@@ -265,23 +270,24 @@ def _json_rows(path: Path, text: str) -> tuple[list[str], list[Row]]:
                 f"{path}, line {number:,}: {error}. Wanted: each key once. Remove or rename one."
             ) from error
         except (ValueError, RecursionError):
+            if number == first and line.lstrip().startswith("["):
+                raise _array_error(path) from None
             row = None
         rows.append(row if isinstance(row, dict) else {})
         check_names(rows[-1], path)
+    if not any(rows) and body.lstrip().startswith("["):
+        raise _array_error(path)
     if not any(rows):
-        raise UserError(f"{path} has no line with a JSON object. Wanted: one object a line.{_from_array(path, text)}")
+        raise UserError(f"{path} has no line with a JSON object. Wanted: one object a line.")
     return list({column: None for row in rows for column in row}), rows
 
 
-def _from_array(path: Path, text: str) -> str:
-    """The advice to write a file with a JSON array as JSON lines; "" for another text."""
-    if not text.lstrip().startswith("["):
-        return ""
-    program = "import json; [print(json.dumps(row)) for row in json.load(open(0))]"
-    old, new = (shlex.quote(str(p)) for p in (path, path.with_suffix(".lines.jsonl")))
-    return (
-        f" It begins as an array. Run: python3 -c {shlex.quote(program)} < {old} > {new} and then remove the old file."
-    )
+def _array_error(path: Path) -> UserError:
+    """The error for a file with a JSON array in place of JSON lines, with the command that converts it."""
+    program = 'import json; [print(json.dumps(row)) for row in json.load(open(0, encoding="utf-8-sig"))]'
+    old, new = (shlex.quote(str(p)) for p in (path, path.with_suffix(".new")))
+    command = f"python3 -c {shlex.quote(program)} < {old} > {new} && mv {new} {old}"
+    return UserError(f"{path} is a JSON array. Wanted: one object a line. Run: {command}")
 
 
 def _find_file(roots: Sequence[Path], fields: Fields, row: Fields) -> Path | None:

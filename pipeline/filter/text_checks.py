@@ -33,8 +33,7 @@ _TO_ESCAPE = re.compile("[\udc80-\udcff\U0010ff80-\U0010ffff]")
 _ESCAPE_START = b"\xf4\x8f"
 _CHARACTER_AT_END = re.compile(rb"[\xc0-\xff][\x80-\xbf]{0,2}\Z")
 _ESCAPED = re.compile(rb"\xf4\x8f[\xbe\xbf][\x80-\xbf]")
-ESCAPED_BYTES = 4
-"""Most bytes of the character for a byte."""
+READ_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ class CsvBytes(io.RawIOBase):
 
     def __init__(self, stream: Any, last_row: bytes = b"", encodings: LineEncodings | None = None) -> None:
         self._stream = stream
-        self._part = b""
+        self._part = self._ready = b""
         self._rest = last_row
         self._ends_line = True
         self._encodings = encodings
@@ -159,22 +158,27 @@ class CsvBytes(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._read(len(buffer) // ESCAPED_BYTES)
-        if data:
-            self._ends_line = data.endswith(b"\n")
-        else:
-            row = self._rest if self._ends_line else b"\n" + self._rest
-            data, self._rest, self._ends_line = row[: len(buffer)], row[len(buffer) :], True
-        if self._encodings:
-            self._encodings.add(data)
-        text = _escaped(data)
+        text = self._ready or _escaped(self._next())
+        text, self._ready = text[: len(buffer)], text[len(buffer) :]
         buffer[: len(text)] = text
         return len(text)
 
-    def _read(self, size: int) -> bytes:
-        """The next bytes, at most `size`. A character that may not be complete waits for the bytes behind it."""
+    def _next(self) -> bytes:
+        """The next bytes of the file, behind them the last row; empty at the end."""
+        data = self._read()
+        if data:
+            self._ends_line = data.endswith(b"\n")
+        else:
+            data = self._rest if self._ends_line else b"\n" + self._rest
+            self._rest, self._ends_line = b"", True
+        if self._encodings:
+            self._encodings.add(data)
+        return data
+
+    def _read(self) -> bytes:
+        """The next bytes of the file. A character that may not be complete waits for the bytes behind it."""
         data = b""
-        while not data and (read := self._stream.read(size - len(self._part))):
+        while not data and (read := self._stream.read(READ_BYTES)):
             data = self._part + read
             found = _CHARACTER_AT_END.search(data[-3:])
             self._part = found[0] if found else b""

@@ -153,7 +153,7 @@ def _layout(source: Root, name: str, published: MetadataFormat) -> _Layout:
 def _csv_batches(
     file: CsvBytes, layout: _Layout, columns: Sequence[str], bad: Callable[[pyarrow.csv.InvalidRow], None]
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of these columns. bad: is called with each row that cannot be read, with its text `escaped`."""
+    """Batches of these columns. bad: is called with each row that cannot be read, its text as CsvBytes gives it."""
     if not layout.names:
         return
 

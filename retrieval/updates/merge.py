@@ -4,6 +4,7 @@ Copies the files of partitions and the thumbnails, so no vector is encoded or in
 again, because a query can have neighbors in partitions of several databases.
 """
 
+import os
 import shutil
 from collections.abc import Sequence
 
@@ -39,8 +40,8 @@ def merge_databases(root: Root | str, sources: Sequence[Root | str]) -> Database
     another process updates the database there, and if images are being erased from a source or a source changes
     meanwhile.
     """
-    if isinstance(sources, str):
-        raise UserError(f"the sources of a merge must be a list of databases, got the text {sources!r}")
+    if isinstance(sources, str | os.PathLike | Root):
+        raise UserError(f"the sources of a merge must be a list of databases, got {sources!r}")
     databases = [Database.open(source).with_all_rows().for_passes() for source in sources]
     for database in databases:
         refuse_erasure(database.root)

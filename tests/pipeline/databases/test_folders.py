@@ -132,6 +132,24 @@ def test_a_table_beside_its_pictures_can_be_named_as_the_source_as_the_message_s
     ]
 
 
+def test_of_several_metadata_tables_the_nearest_describes_a_picture(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.jpg", "z/1.jpg")
+    for folder in ("a", "z"):
+        write_table(tmp_path / folder / "metadata.csv", [{"file_name": "1.jpg", "text": f"of {folder}"}])
+    write_table(tmp_path / "metadata.jsonl", [{"file_name": f"{folder}/1.jpg", "text": "far"} for folder in "az"])
+    assert [picture.caption for picture in list_pictures(PictureSource(tmp_path)).pictures] == ["of a", "of z"]
+
+
+def test_a_metadata_table_is_read_by_its_file_names_and_another_table_of_that_name_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg")
+    (tmp_path / "metadata.csv").write_text("id,note\n1,a,cell,too,many\n")
+    listing = list_pictures(PictureSource(tmp_path))
+    assert ([picture.caption for picture in listing.pictures], sum(listing.left_out.values())) == (["a"], 1)
+    (tmp_path / "metadata.csv").write_text("path,file_name,text\n/original/7.jpg,a.jpg,the row of a\n")
+    listing = list_pictures(PictureSource(tmp_path))
+    assert ([picture.caption for picture in listing.pictures], listing.left_out.total()) == (["the row of a"], 0)
+
+
 def test_the_metadata_table_of_a_folder_in_the_cache_of_hugging_face_is_read(tmp_path: Path) -> None:
     snapshot = tmp_path / "snapshots" / "rev"
     write(tmp_path, "blobs/1", "blobs/2")

@@ -165,13 +165,17 @@ def test_of_lists_of_captions_in_a_parquet_file_the_first_is_read(folder: Path, 
 
 
 @pytest.mark.parametrize("separator", [", ", ",\n"])
-def test_a_json_array_is_an_error_with_a_command_that_makes_it_json_lines(folder: Path, separator: str) -> None:
+@pytest.mark.parametrize(("start", "end"), [("[", "]"), ("\ufeff[\n", "\n]\n")])
+def test_a_json_array_is_an_error_with_a_command_that_makes_it_json_lines(
+    folder: Path, separator: str, start: str, end: str
+) -> None:
     path = folder / "it's.jsonl"
-    path.write_text(f'[{{"path": "a.jpg"}}{separator}{{"path": "dürer.jpg", "text": "ü"}}]')
-    with pytest.raises(UserError, match=r"it's\.jsonl has no line with a JSON object\. Wanted: one .* Run: ") as error:
+    path.write_text(f'{start}{{"path": "a.jpg"}}{separator}{{"path": "dürer.jpg", "text": "ü"}}{end}')
+    with pytest.raises(UserError, match=r"it's\.jsonl is a JSON array\. Wanted: one object a line\. Run: ") as error:
         listed(path)
-    follow_advice(error.value, path)
-    assert [picture.caption for picture in listed(folder / "it's.lines.jsonl")[0]] == ["a", "ü"]
+    command = str(error.value).partition("Run: ")[2].replace("python3", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True)
+    assert [picture.caption for picture in listed(path)[0]] == ["a", "ü"]
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])

@@ -404,9 +404,10 @@ def test_merged_databases_hold_the_rows_of_all(
     check(delete_from_database(merged.root, [1000]).with_all_rows(), {n: rows[n] for n in rows if n != 1000}, queries)
 
 
-def test_the_sources_of_a_merge_are_a_list(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="must be a list of databases, got the text 'databases/a'"):
-        merge_databases(tmp_path / "merged", "databases/a")
+@pytest.mark.parametrize("source", ["databases/a", Path("databases/a"), Root("databases/a")])
+def test_the_sources_of_a_merge_are_a_list(tmp_path: Path, source: Any) -> None:
+    with pytest.raises(UserError, match=r"must be a list of databases, got .*databases/a"):
+        merge_databases(tmp_path / "merged", source)
 
 
 @pytest.mark.parametrize("is_deletion", [False, True])
