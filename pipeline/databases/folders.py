@@ -104,19 +104,20 @@ def folder_items(folder: Path, left_out: Counter[str]) -> Iterator[Item]:
 
 def _read_metadata_tables(
     folder: Path, names: list[str], link_targets: list[Path], left_out: Counter[str]
-) -> tuple[list[str], dict[str, Fields]]:
+) -> tuple[set[str], dict[str, Fields]]:
     """The names of the METADATA_TABLES among the files of a folder, and the fields of the files that they describe.
 
     link_targets: resolved folders. left_out: counts rows, is added to.
     """
-    tables, described = [], {}
+    tables: set[str] = set()
+    described: dict[str, Fields] = {}
     candidates = [name for name in names if PurePosixPath(name).name.lower() in METADATA_TABLES]
     for name in sorted(candidates, key=lambda name: -name.count("/")):  # the nearest table of a file counts
         root = (folder / name).parent.resolve()
         rows = described_files(folder / name, [root, *link_targets])
         if rows is None:
             continue
-        tables.append(name)
+        tables.add(name)
         for file, fields in rows:
             key = str(PurePosixPath(name).parent / file.relative_to(root)) if file else ""
             if file and key not in described:
