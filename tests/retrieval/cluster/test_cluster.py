@@ -241,7 +241,7 @@ def test_the_error_names_partitions_that_no_actor_can_open_again(
 
     def after_the_failure() -> float:
         """The timeout is over when a new actor has failed to open its files."""
-        return time.monotonic() + 1000 * ("manifest" in actors._last_failure)
+        return time.monotonic() + 1000 * ("UserError" in actors._last_failure)
 
     monkeypatch.setattr(replicas_module, "time", SimpleNamespace(monotonic=after_the_failure, sleep=time.sleep))
     folder = str(database.root.local_path(""))
